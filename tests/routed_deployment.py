@@ -67,11 +67,16 @@ class Deployment:
     processes: list[Process] = field(default_factory=list)
 
     async def worker(
-        self, runtime_settings: dict[str, Any] | None = None, *, model_name: str = "demo", **engine: Any
+        self,
+        runtime_settings: dict[str, Any] | None = None,
+        *,
+        model_name: str = "demo",
+        kind: type[NotingEngine] | None = None,
+        **engine: Any,
     ) -> Worker:
         runtime = await self.open_runtime(**(runtime_settings or {}))
         model = read_model_directory(DEMO_MODEL_PATH)
-        noting = NotingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
+        noting = (kind or NotingEngine)(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
         ready = asyncio.Event()
         serving = serve_engine(
             runtime,

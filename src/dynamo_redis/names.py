@@ -10,6 +10,7 @@ Layout of the keys (relative to the registry's prefix):
     v1/mdc/<namespace>/<component>/<endpoint>/<instance id>[/<lora>]     model deployment cards
     v1/kv_routers/<namespace>/<component>/<router id>
     v1/frontends/<instance id>
+    v1/busy_thresholds/<model>
     v1/ports/<host>/<port>
     v1/barrier/<id>/…
 """
@@ -30,6 +31,7 @@ INSTANCES = "v1/instances/"
 MODEL_CARDS = "v1/mdc/"
 KV_ROUTERS = "v1/kv_routers/"
 FRONTENDS = "v1/frontends/"
+BUSY_THRESHOLDS = "v1/busy_thresholds/"
 PORTS = "v1/ports/"
 BARRIERS = "v1/barrier/"
 
@@ -171,6 +173,11 @@ def kv_router_key(namespace: str, component: str, router_id: str) -> str:
 def frontend_key(instance_id: InstanceId) -> str:
     """Return the registry key of one frontend."""
     return FRONTENDS + format_instance_id(instance_id)
+
+
+def busy_threshold_key(model: str) -> str:
+    """Return the registry key of a model's busy thresholds."""
+    return BUSY_THRESHOLDS + encode_segment(model)
 
 
 def port_key(host: str, port: int) -> str:

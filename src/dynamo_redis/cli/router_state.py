@@ -105,6 +105,8 @@ def _router_row(answer: RouterAnswer, urls: Mapping[int, str]) -> list[str]:
         lag = f"{lag_count} entries, {human_duration(index['lag_s'] or 0.0)}" if lag_count else "0"
     if state["mode"] == "predicted":
         knows_by = "prediction"
+    elif state["mode"] == "load":
+        knows_by = "load alone"
     elif index["caught_up"]:
         knows_by = f"events ({index['mode']})"
     elif index["connected"]:

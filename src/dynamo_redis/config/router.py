@@ -70,18 +70,24 @@ class RouterSettings(SettingsGroup):
     router_prune_target_ratio: Annotated[float, Field(gt=0, le=1)] = setting(
         "DYN_ROUTER_PRUNE_TARGET_RATIO", 0.8, "Fraction of that maximum that stays when blocks are removed."
     )
-    active_decode_blocks_threshold: Annotated[float, Field(gt=0, le=1)] | None = setting(
+    active_decode_blocks_threshold: Annotated[float, Field(ge=0, le=1)] | None = setting(
         "DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",
         None,
         "A worker is busy, and is not chosen, while its requests hold more than this fraction of its KV "
-        "blocks. Unset: no worker is busy.",
+        "blocks. Unset: no worker is busy by its blocks. `POST /busy_threshold` changes it for a model.",
     )
-    active_prefill_tokens_threshold: Annotated[int, Field(ge=1)] | None = setting(
+    active_prefill_tokens_threshold: Annotated[int, Field(ge=0)] | None = setting(
         "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",
         None,
         "A worker is busy, and is not chosen, while it has more prompt tokens to read than this. Unset: no "
-        "worker is busy.",
+        "worker is busy by a number of tokens. `POST /busy_threshold` changes it for a model.",
         unit="tokens",
+    )
+    active_prefill_tokens_threshold_frac: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = setting(
+        "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",
+        None,
+        "The same as a multiple of the tokens that the worker reads in one step (`max_num_batched_tokens` of "
+        "its card). Unset: no worker is busy by it. `POST /busy_threshold` changes it for a model.",
     )
     router_queue_count: Annotated[int, Field(ge=0)] = setting(
         "DYN_ROUTER_QUEUE",
@@ -89,4 +95,11 @@ class RouterSettings(SettingsGroup):
         "Most requests that wait while all workers that can take them are busy; beyond that the answer is "
         "Overloaded. Each model of a shared endpoint has its own queue.",
         unit="requests",
+    )
+    router_queue_wait_s: Duration = setting(
+        "DYN_ROUTER_QUEUE_WAIT_S",
+        1.0,
+        "Longest time that a request waits while all workers that can take it are busy; then the answer is "
+        "Overloaded. 0: at once.",
+        unit="s",
     )

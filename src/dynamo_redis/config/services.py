@@ -94,6 +94,25 @@ class FrontendSettings(SettingsGroup):
         "Most HTTP connections; fewer if the limit of open files allows fewer. Beyond that, a new connection "
         "replaces the one that has been without a request for the longest time.",
     )
+    max_http_in_flight_count: Annotated[int, Field(ge=1)] | None = setting(
+        "DYN_HTTP_MAX_IN_FLIGHT",
+        None,
+        "Most completions under way at a frontend process. Further ones wait in line. Unset: as many as "
+        "there are connections.",
+        unit="requests",
+    )
+    max_http_queued_count: Annotated[int, Field(ge=0)] = setting(
+        "DYN_HTTP_MAX_QUEUED",
+        1024,
+        "Most completions in that line; beyond that the answer is 503.",
+        unit="requests",
+    )
+    http_queue_wait_s: Duration = setting(
+        "DYN_HTTP_QUEUE_WAIT_S",
+        1.0,
+        "Longest time that a completion waits in that line; then the answer is 503. 0: at once.",
+        unit="s",
+    )
     receive_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_HTTP_RECEIVE_TIMEOUT_S",
         60.0,

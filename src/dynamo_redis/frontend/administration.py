@@ -19,15 +19,17 @@ from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.http.request_body import ClientGone, read_limited
 
 Handler = Callable[[Request], Awaitable[Response]]
+Change = Callable[[dict[str, Any]], Awaitable[Response]]
+"""Makes a change that the members of a body ask for. Raises ApiError."""
 
 _BODY_LIMIT_BYTES = 64 * 1024
 
 
-def changes_state(handler: Handler) -> Handler:
-    """Wrap a handler: it gets only requests of type `application/json`, and of no other origin.
+def changes_state(change: Change) -> Handler:
+    """Return the handler of a change: it takes only requests of type `application/json`, and of no other
+    origin.
 
-    Other requests get ApiError 403 or 415. The body must be empty or an object without members, else 400: the
-    handler has no parameters.
+    Other requests get ApiError 403 or 415. The body must be empty or an object, else 400.
     """
 
     async def guarded(request: Request) -> Response:
@@ -58,9 +60,12 @@ def changes_state(handler: Handler) -> Handler:
             raise invalid("The request body is not valid JSON.", code="invalid_json") from exc
         if not isinstance(body, dict):
             raise invalid("The request body is not a JSON object.")
-        if body:
-            name = next(iter(body))[:64]
-            raise invalid(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
-        return await handler(request)
+        return await change(body)
 
     return guarded
+
+
+def refuse_members(body: dict[str, Any]) -> None:
+    """Raise ApiError 400 if a body has a member: the request has no parameters."""
+    for name in body:
+        raise invalid(f"Unknown parameter: '{name[:64]}'.", name[:64], "unknown_parameter")

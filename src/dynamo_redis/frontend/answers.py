@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from dynamo_redis.errors import ConnectionLost, HandlerFailed, ProtocolViolation, RequestCancelled
+from dynamo_redis.errors import (
+    ConnectionLost,
+    EngineFailed,
+    HandlerFailed,
+    ProtocolViolation,
+    RequestCancelled,
+)
 from dynamo_redis.frontend.tokens import Detokenizer, StopStrings
 from dynamo_redis.models.llm_protocol import is_count
+
+SLACK_TOKENS: Final = 1 << 16
+"""Tokens beyond the model's context after which an answer is taken for nonsense: an engine's context may be
+longer than its card says."""
+
+_MOST_TOKENS: Final = 1 << 53
+_SHOWN_CHARS: Final = 200
 
 
 class AnswerDecoder:
@@ -19,6 +32,7 @@ class AnswerDecoder:
 
     __slots__ = (
         "_detokenizer",
+        "_most_tokens",
         "_moved_count",
         "_stops",
         "cached_tokens",
@@ -35,13 +49,16 @@ class AnswerDecoder:
         *,
         keeps_stop: bool = False,
         keeps_tokens: bool = False,
+        most_tokens: int = _MOST_TOKENS,
     ) -> None:
+        """An answer of more than `most_tokens` is none of the model."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops, keeps_found=keeps_stop) if stops else None
         self.finish_reason: str | None = None
         self.token_count = 0
         self.token_ids: list[int] | None = [] if keeps_tokens else None
         """The tokens so far, if they are kept."""
+        self._most_tokens = most_tokens
         self._moved_count = 0
         self.prompt_token_count: int | None = None
         """As counted by the engine; None if it did not count."""
@@ -55,13 +72,19 @@ class AnswerDecoder:
         if not isinstance(item, dict):
             raise ProtocolViolation(f"the worker answered with {type(item).__name__}, not with tokens")
         token_ids = item.get("token_ids") or ()
+        if type(token_ids) is not list and type(token_ids) is not tuple:
+            raise ProtocolViolation("the worker answered with 'token_ids' that are no list")
+        self.token_count += len(token_ids)
+        if self.token_count > self._most_tokens:
+            raise ProtocolViolation(f"the worker answered with more than {self._most_tokens} tokens")
         try:
-            self.token_count += len(token_ids)
             text = self._detokenizer.feed(token_ids)
             if self.token_ids is not None:
                 self.token_ids.extend(token_ids)
-        except (TypeError, OverflowError) as exc:
-            raise ProtocolViolation("the worker answered with 'token_ids' that are not token ids") from exc
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise ProtocolViolation(
+                "the worker answered with 'token_ids' that are no token ids of its model"
+            ) from exc
         if len(item) == 1 and self._stops is None:
             return text
         if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
@@ -110,7 +133,10 @@ class AnswerDecoder:
         return self._stops is not None and self._stops.found is not None
 
     def check_complete(self) -> None:
-        """Raise ConnectionLost if the items have ended without a finish reason."""
+        """Raise ConnectionLost if the items have ended without a finish reason, EngineFailed if there were no
+        tokens either."""
+        if self.finish_reason is None and not self.token_count:
+            raise EngineFailed("the worker ended its answer without a token and without a finish_reason")
         if self.finish_reason is None:
             raise ConnectionLost("the worker ended its answer before it was complete: no finish_reason")
 
@@ -121,6 +147,10 @@ def _openai_reason(reason: Any) -> str:
         return str(reason)
     if reason == "cancelled":
         raise RequestCancelled("the worker cancelled the request")
-    if not isinstance(reason, str) or reason.startswith("error"):
-        raise HandlerFailed(f"the worker ended its answer with {reason!r}")
+    if not isinstance(reason, str):
+        raise ProtocolViolation(
+            f"the worker ended its answer with a {type(reason).__name__} as finish_reason"
+        )
+    if reason.startswith("error"):
+        raise HandlerFailed(f"the worker ended its answer with {reason[:_SHOWN_CHARS]!r}")
     return "stop"

@@ -21,8 +21,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
 from dynamo_redis.exposition import CONTENT_TYPE, Source, render
-from dynamo_redis.frontend.administration import changes_state
-from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.frontend.administration import changes_state, refuse_members
+from dynamo_redis.frontend.admission import Admission, Place
+from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder
+from dynamo_redis.frontend.busy_requests import busy_threshold
 from dynamo_redis.frontend.exchange import CompletionChoice, Exchange, send_error
 from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, too_many_choices
@@ -73,7 +75,8 @@ def make_app(
     async def show_health(_: Request) -> Response:
         return _json(*health(models.served(), registry))
 
-    async def clear_kv_blocks(_: Request) -> Response:
+    async def clear_kv_blocks(body: dict[str, Any]) -> Response:
+        refuse_members(body)
         return _json(
             *await clear_caches(
                 {version.source.endpoint for model in models.served() for version in model.loaded()}
@@ -82,15 +85,19 @@ def make_app(
 
     async def show_metrics(_: Request) -> Response:
         served = [describe_served(model, models) for model in models.served()]
-        found = [*families(FrontendReading.of(metrics, served)), *process_metrics()]
+        reading = FrontendReading.of(metrics, served, waiting_count=admission.waiting_count)
+        found = [*families(reading), *process_metrics()]
         return Response(await asyncio.to_thread(render, found), media_type=CONTENT_TYPE)
 
     async def show_live(_: Request) -> Response:
         return _json(200, {"status": "live"})
 
     def completions(kind: Kind, body: type[CompletionOptions]) -> Completions:
-        return Completions(kind, body, models, preparation, bodies, settings, metrics)
+        return Completions(kind, body, models, preparation, bodies, settings, metrics, admission)
 
+    admission = Admission(
+        settings.max_http_in_flight_count, settings.max_http_queued_count, settings.http_queue_wait_s
+    )
     bodies = BodyBudget(int(settings.max_bodies_bytes))
     metrics = FrontendMetrics()
 
@@ -104,6 +111,7 @@ def make_app(
             Route("/v1/models/{model:path}", retrieve_model),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in served.items()),
             Route("/clear_kv_blocks", changes_state(clear_kv_blocks), methods=["POST"]),
+            Route("/busy_threshold", busy_threshold(models), methods=["GET", "POST"]),
             Route("/health", show_health),
             Route("/live", show_live),
             Route("/metrics", show_metrics),
@@ -140,8 +148,10 @@ class Completions:
         bodies: BodyBudget,
         settings: FrontendSettings,
         metrics: FrontendMetrics,
+        admission: Admission,
     ) -> None:
         self._metrics = metrics
+        self._admission = admission
         self._kind: Kind = kind
         self._body = body
         self._models = models
@@ -156,13 +166,14 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. The server logs an exception that is raised."""
         try:
-            await self._serve(scope, receive, send)
+            with self._admission.place() as place:
+                await self._serve(scope, receive, send, place)
         except Exception as exc:
             with suppress(RuntimeError):  # the response has begun: the server closes the connection
                 await send_error(send, api_error(exc))
             raise
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, place: Place) -> None:
         started_at, arrived_at = time.monotonic(), time.perf_counter()
         request_id, traceparent = "", None
         for name, value in scope["headers"]:
@@ -181,7 +192,7 @@ class Completions:
         try:
             check_headers(scope["headers"])
             async with asyncio.timeout(self._timeout_s):
-                body, model, requests = await self._read(scope, receive)
+                body, model, requests = await self._read(scope, receive, place)
         except ClientGone:
             return
         except (TimeoutError, ApiError, DynamoRedisError) as exc:
@@ -215,15 +226,17 @@ class Completions:
             await exchange.respond(receive, send, headers)
 
     async def _read(
-        self, scope: Scope, receive: Receive
+        self, scope: Scope, receive: Receive, place: Place
     ) -> tuple[CompletionOptions, Model, list[GenerateRequest]]:
-        """Read a request. Return its options, its model, and the requests to the workers.
+        """Read a request. Return its options, its model, and the requests to the workers. It takes its place
+        as soon as it has arrived, before the work that it costs.
 
         A request over the context of the chosen version of the model goes to the version with the longest
         context. Raises ApiError, DynamoRedisError and ClientGone.
         """
         with self._bodies.hold() as held:
             content = await read_limited(scope, receive, self._limit_bytes, held)
+            await place.take()  # the time-out of the reading bounds the wait, too
             body = await self._preparation.read(self._body, content)
             del content
             if body.choice_count > self._max_choices_count:
@@ -260,7 +273,11 @@ class Completions:
                 index,
                 request,
                 AnswerDecoder(
-                    tokenizer.detokenizer(), body.stops, keeps_stop=body.keeps_stops, keeps_tokens=limit > 0
+                    tokenizer.detokenizer(),
+                    body.stops,
+                    keeps_stop=body.keeps_stops,
+                    keeps_tokens=limit > 0,
+                    most_tokens=model.loaded.context_length + SLACK_TOKENS,
                 ),
                 context,
                 Migration(request, limit, max_length) if limit else None,

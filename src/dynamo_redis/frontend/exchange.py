@@ -44,6 +44,9 @@ _WHOLE_TRIES = 3
 _END_GRACE_S = 1.0
 """Longest time from the item with the finish reason to the end of a worker's answer, in seconds."""
 
+_MOST_LATE_ITEMS = 16
+"""Most items of an answer that are read after the one with the finish reason."""
+
 Deliver = Callable[["CompletionChoice", list[str]], Awaitable[None]]
 """Takes the texts of a choice's next items, and its finish reason if the last one has it."""
 
@@ -282,18 +285,25 @@ class Exchange:
         answer, migration, observation = choice.answer, choice.migration, self._record.observation
         call = None if observation is None else observation.begin_call(choice.context, choice.index)
         items: Answer | None = None
+        got_item = False
         try:
             if migration is None:
                 items = await self._generate(choice.request, choice.context, ())
             else:
                 items = await migration.send(self._generate, choice.context)
             while answer.finish_reason is None and (arrived := await items.next_items()):
+                if not choice.begun:
+                    self._record.note_resent(items.resent_count)
+                got_item = True
                 await self._take(choice, arrived, deliver)
             answer.check_complete()
             if not answer.cut_off and not items.is_over:
                 await _wait_for_end(items)
         except DynamoRedisError as exc:
-            if not _breaks_off(choice, exc, call):
+            breaks_off = _breaks_off(choice, exc, call)
+            if migration is not None and not got_item and await migration.may_try_again(exc, choice.context):
+                return False
+            if not breaks_off:
                 raise
             if migration is not None and migration.is_whole(answer):
                 await deliver(choice, [answer.feed({"finish_reason": "length"})])
@@ -374,11 +384,15 @@ def _breaks_off(choice: CompletionChoice, error: DynamoRedisError, call: Span | 
 
 
 async def _wait_for_end(items: Answer) -> None:
-    """Wait until a worker that has sent its last item ends by itself: a close now would count as a kill."""
+    """Wait until a worker that has sent its last item ends by itself: a close now would count as a kill.
+
+    Items that come all the same are not used, and many are not read.
+    """
     with contextlib.suppress(TimeoutError, DynamoRedisError):
         async with asyncio.timeout(_END_GRACE_S):
-            while await items.next_items():
-                pass
+            count = 0
+            while count < _MOST_LATE_ITEMS and (late := await items.next_items()):
+                count += len(late)
 
 
 _failures = RateLimitedLog(log, pause_s=1.0)  # a worker that dies ends thousands of requests

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynamo_redis.frontend.model import NamedModel
-from dynamo_redis.router.kv_router import KvRouter
+from dynamo_redis.frontend.routing import router_of
 from dynamo_redis.store.base import Registry
 
 
@@ -42,7 +42,7 @@ def health(models: list[NamedModel], registry: Registry) -> tuple[int, dict[str,
     if registry.connected and registry.write_refusal is not None:
         body["registry_reason"] = registry.write_refusal
     clients = {version.client for model in models for version in model.loaded()}
-    routers = [client for client in clients if isinstance(client, KvRouter)]
+    routers = [router for router in map(router_of, clients) if router is not None]
     prompt_tokens = sum(router.counts.prompt_tokens for router in routers)
     if prompt_tokens:
         body["hit_rate"] = sum(router.counts.cached_tokens for router in routers) / prompt_tokens

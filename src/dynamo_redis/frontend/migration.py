@@ -7,16 +7,27 @@ answer is not moved if the lost worker had more state than its tokens, as for gu
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Final
 
-from dynamo_redis.errors import NoInstances
+from dynamo_redis.errors import (
+    CannotConnect,
+    DeadlineExceeded,
+    Draining,
+    EndpointNotFound,
+    NoInstances,
+    Overloaded,
+)
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.model import Answer, Generate
 from dynamo_redis.models.llm_protocol import GenerateRequest, StopConditions
 from dynamo_redis.planes.context import Context
 
 WAIT_S: Final = 10.0
-"""Longest wait for a worker that can go on with an answer."""
+"""Longest wait for a worker that can go on with an answer, while there is none at all, in seconds."""
+
+_NOT_TAKEN: Final = (NoInstances, CannotConnect, Draining, EndpointNotFound)
+"""Errors of a request that no worker has begun."""
 
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
@@ -26,13 +37,24 @@ class Migration:
     """The migrations of one answer: at most `limit`, and none beyond `max_length` tokens of prompt and answer
     together."""
 
-    __slots__ = ("_excluded", "_left", "_max_length", "_request", "count", "request")
+    __slots__ = (
+        "_excluded",
+        "_left",
+        "_max_length",
+        "_pause_s",
+        "_request",
+        "_waits_until",
+        "count",
+        "request",
+    )
 
     def __init__(self, request: GenerateRequest, limit: int, max_length: int | None) -> None:
         self._request = request
         self._left = limit
         self._max_length = max_length
         self._excluded: set[int] = set()
+        self._pause_s = _FIRST_PAUSE_S
+        self._waits_until: float | None = None
         self.request = request
         """The request to the next worker."""
         self.count = 0
@@ -56,6 +78,7 @@ class Migration:
         assert answer.token_ids is not None
         self._left -= 1
         self.count += 1
+        self._pause_s, self._waits_until = _FIRST_PAUSE_S, None
         if lost_at is not None:
             self._excluded.add(lost_at)
         answered = answer.token_ids
@@ -73,21 +96,35 @@ class Migration:
         answer.note_move()
 
     async def send(self, send: Generate, context: Context) -> Answer:
-        """Send the request. After a migration wait for a worker up to `WAIT_S`; if there is none but those
-        that were lost, ask these again. Raises PlaneError."""
-        if not self.count:
+        """Send the request. After a migration the instances that were lost are asked only if there are no
+        others. Raises PlaneError."""
+        try:
+            return await send(self.request, context, self._excluded)
+        except NoInstances:
+            if not self._excluded:
+                raise
             return await send(self.request, context, ())
-        pause_s, loop = _FIRST_PAUSE_S, asyncio.get_running_loop()
-        give_up_at = loop.time() + WAIT_S
-        while True:
-            for excluded in (self._excluded, ()):
-                try:
-                    return await send(self.request, context, excluded)
-                except NoInstances:
-                    if context.is_stopped() or (not excluded and loop.time() + pause_s > give_up_at):
-                        raise
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def may_try_again(self, error: Exception, context: Context) -> bool:
+        """Return whether the rest of an answer may be sent again, after a pause, since no worker took it.
+
+        Waits for a worker that can be reached for `WAIT_S`, and for room at workers that are full for as long
+        as the request may take. Raises DeadlineExceeded if its deadline comes first.
+        """
+        if not self.count or not isinstance(error, (Overloaded, *_NOT_TAKEN)) or context.is_stopped():
+            return False
+        now = asyncio.get_running_loop().time()
+        if self._waits_until is None:
+            self._waits_until = now + WAIT_S
+        if isinstance(error, _NOT_TAKEN) and now + self._pause_s > self._waits_until:
+            return False
+        left_s = context.remaining_s()
+        if left_s is not None and left_s <= self._pause_s:
+            await asyncio.sleep(max(left_s, 0.0))
+            raise DeadlineExceeded("no worker went on with the answer before the deadline") from error
+        await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return True
 
 
 def can_move(request: GenerateRequest) -> bool:

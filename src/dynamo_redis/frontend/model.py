@@ -14,6 +14,7 @@ from dynamo_redis.models.card import ModelCard, parse_card_key
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
+from dynamo_redis.router.base import BusyThresholds
 from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Record
@@ -24,6 +25,8 @@ class Answer(Protocol):
 
     @property
     def instance_id(self) -> int: ...
+    @property
+    def resent_count(self) -> int: ...
     @property
     def is_over(self) -> bool: ...
     async def next_items(self) -> list[Any]: ...
@@ -40,7 +43,16 @@ class EndpointClient(Protocol):
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> Awaitable[Answer]: ...
+        busy: BusyThresholds | None = None,
+    ) -> Awaitable[Answer]:
+        """Send a request to an instance, of `among` if given, that is not busy by these thresholds. Raises
+        PlaneError; Overloaded if all are busy for too long."""
+        ...
+
+    async def count_load(self) -> None:
+        """Begin to count the load of the instances, by which they are busy. Idempotent."""
+        ...
+
     def confirmed_instances(self) -> list[Instance]: ...
     def instance_ids(self) -> list[int]: ...
     async def aclose(self) -> None: ...

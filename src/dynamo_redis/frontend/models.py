@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
+from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
+from dynamo_redis.frontend.busy import ModelThresholds
 from dynamo_redis.frontend.http.errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import Answer, CardEntry, EndpointClient, Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel, load_model
@@ -86,9 +88,12 @@ class LiveModels:
         cache_dir: Path,
         lease_ttl_s: float = 10.0,
         tokenizer: Literal["fastokens", "default"] = "default",
+        router_settings: RouterSettings | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        """`router_settings` have the busy thresholds of models for which none were set."""
         self._runtime = runtime
+        self.thresholds = ModelThresholds(runtime.registry, router_settings, on_change=self._count_load_soon)
         self._open_client = open_client
         self._cache_dir = cache_dir
         self._lease_ttl_s = lease_ttl_s
@@ -118,6 +123,7 @@ class LiveModels:
             self.first_state.set()
 
         self._start(follow(self._runtime.registry, MODEL_CARDS, on_batch, self._supervisor))
+        self._start(self.thresholds.follow())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -213,7 +219,24 @@ class LiveModels:
         """Send a request to one of the model's instances that are not excluded. Raises PlaneError."""
         assert model.client is not None
         among = IdsWithout(model.among, excluded) if excluded else model.among
+        busy = self.thresholds.of(model.name)
+        if busy.is_set:
+            return await model.client.generate(request, False, context, among=among, busy=busy)
         return await model.client.generate(request, False, context, among=among)
+
+    async def count_load(self, name: str) -> None:
+        """Begin to count the load of a model's workers, as its busy thresholds need."""
+        named = self._models.get(name)
+        clients = {model.client for model in (named.loaded() if named is not None else ())}
+        await asyncio.gather(*(client.count_load() for client in clients if client is not None))
+
+    def _count_load_soon(self, name: str) -> None:
+        if self.thresholds.of(name).is_set:
+            self._start(self.count_load(name))
+
+    def clients(self) -> set[EndpointClient]:
+        """Return the clients of the models that are served."""
+        return {version.client for model in self.served() for version in model.loaded() if version.client}
 
     def migration_limit(self, model: Model) -> int:
         """Return the limit that the cards of this version of a model name: the highest."""
@@ -389,6 +412,8 @@ class LiveModels:
             if entry.endpoint not in self._clients:
                 self._clients[entry.endpoint] = await self._open_client(entry.endpoint)
             client = self._clients[entry.endpoint]
+        if self.thresholds.of(model.name).is_set:
+            await client.count_load()
         log.info("model %r is %s", model.name, "served from new files" if named.loaded() else "served")
         model.loaded, model.client, model.failure, model.loading = loaded, client, None, None
         named.created_at = named.created_at or self._clock.wall()

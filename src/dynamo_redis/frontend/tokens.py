@@ -19,6 +19,10 @@ from dynamo_redis.frontend.fast_encoding import FastEncoder
 
 REPLACEMENT = "�"
 
+_RESERVED_COUNT = 1 << 16
+"""Ids beyond the vocabulary that are token ids without a text: models have more of them than the tokenizer
+names, to fill up their matrices."""
+
 _MAX_WINDOW_TOKENS = 32
 """Tokens after which the sliding-window detokenizer stops waiting for the rest of a character."""
 
@@ -65,7 +69,10 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocabulary_size: int = max(self._tokenizer.get_vocab_size(), 1 + max(added, default=-1))
-        self._texts = TokenTexts(self._tokenizer.id_to_token, special) if is_byte_level(decoder) else None
+        self._end_id = self.vocabulary_size + _RESERVED_COUNT
+        self._texts = (
+            TokenTexts(self._tokenizer.id_to_token, special, self._end_id) if is_byte_level(decoder) else None
+        )
         self._added_tokens = [token.content for token in added.values()]
         parts = filter(None, (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer))
         expressions = {each for part in parts for each in _expressions(json.loads(part.__getstate__()))}
@@ -134,7 +141,9 @@ class Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         """Return a new detokenizer for one answer. Special tokens have no text."""
-        return WindowDetokenizer(self.decode) if self._texts is None else ByteLevelDetokenizer(self._texts)
+        if self._texts is not None:
+            return ByteLevelDetokenizer(self._texts)
+        return WindowDetokenizer(self.decode, self._end_id)
 
 
 def _expressions(state: Any) -> Iterator[str]:
@@ -161,7 +170,8 @@ class Detokenizer(Protocol):
     """
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens complete."""
+        """Return the text that these tokens complete. Raises TypeError and OverflowError for values that are
+        no token ids."""
         ...
 
     def finish(self) -> str:
@@ -189,11 +199,15 @@ _BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, b
 class TokenTexts(dict[int, "str | bytes"]):
     """Token id → its text, or its bytes if they are not whole characters. Filled when a token is first seen.
 
-    Bounded by the vocabulary and a fixed number of ids outside of it, which have no text.
+    Bounded by the vocabulary and a fixed number of ids outside of it, which have no text. Other ids raise
+    OverflowError.
     """
 
-    def __init__(self, token_of: Callable[[int], str | None], special: frozenset[int]) -> None:
+    def __init__(
+        self, token_of: Callable[[int], str | None], special: frozenset[int], end_id: int = 1 << 32
+    ) -> None:
         super().__init__()
+        self._end_id = end_id
         self._token_of = token_of
         self._special = special
 
@@ -201,10 +215,9 @@ class TokenTexts(dict[int, "str | bytes"]):
         if token_id in self._special:
             self[token_id] = ""
             return ""
-        try:
-            token = self._token_of(token_id)
-        except OverflowError:  # not a valid id: negative, or over 32 bits
-            token = None
+        if not 0 <= token_id < self._end_id:
+            raise OverflowError("no token id of the model")
+        token = self._token_of(token_id)
         if not token:
             return ""
         try:
@@ -263,10 +276,11 @@ class WindowDetokenizer:
     that was returned before (bytes that turn out not to be UTF-8), the returned pieces stay as they are.
     """
 
-    __slots__ = ("_decode", "_ids", "_read")
+    __slots__ = ("_decode", "_end_id", "_ids", "_read")
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], end_id: int = 1 << 32) -> None:
         self._decode = decode
+        self._end_id = end_id
         self._ids: list[int] = []
         self._read = 0  # number of tokens at the window's beginning with text that was returned
 
@@ -282,6 +296,8 @@ class WindowDetokenizer:
         return rest
 
     def _feed_one(self, token_id: int) -> str:
+        if not 0 <= token_id < self._end_id:
+            raise OverflowError("no token id of the model")
         self._ids.append(token_id)
         given = self._decode(self._ids[: self._read])
         text = self._decode(self._ids)

@@ -39,12 +39,38 @@ class CostWeights:
     temperature: float = 0.0
 
 
+@dataclass(slots=True)
+class BusyThresholds:
+    """The loads above which a worker is busy; None: it is not busy by that load. Names as in Dynamo.
+
+    Its owner may change them: a request keeps a reference to the object, so one that waits for a worker is
+    measured by the values of that moment.
+    """
+
+    active_decode_blocks_threshold: float | None = None
+    """The fraction of its KV blocks that a worker's requests hold."""
+    active_prefill_tokens_threshold: int | None = None
+    """The prompt tokens that a worker has to read."""
+    active_prefill_tokens_threshold_frac: float | None = None
+    """The same, in multiples of the tokens that it reads in one step."""
+
+    @property
+    def is_set(self) -> bool:
+        """True if a worker can be busy."""
+        return (
+            self.active_decode_blocks_threshold is not None
+            or self.active_prefill_tokens_threshold is not None
+            or self.active_prefill_tokens_threshold_frac is not None
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RoutingRequest:
     """The parts of a request that a choice depends on.
 
     `hashes` are the sequence hashes of the prompt's whole blocks; `token_count` counts all its tokens.
-    `deadline` is monotonic, and ends the booking. `among` and `excluded` are instance ids.
+    `deadline` is monotonic, and ends the booking. `among` and `excluded` are instance ids. `busy` says which
+    workers are busy; None: none is.
     """
 
     request_id: str
@@ -54,6 +80,7 @@ class RoutingRequest:
     among: Collection[int] | None = None
     excluded: Collection[int] = ()
     weights: CostWeights | None = None
+    busy: BusyThresholds | None = None
 
 
 class WorkerCost(NamedTuple):
@@ -96,8 +123,8 @@ class Chooser(Protocol):
         """Choose a worker and book the request there.
 
         A request that is booked already gets the same choice again. If that worker is excluded now, the
-        request is booked anew. Raises NoInstances if there is no worker, Overloaded if all are busy and no
-        more requests may wait.
+        request is booked anew. Raises NoInstances if there is no worker, Overloaded if all are busy for
+        longer than it may wait, or no more requests may wait.
         """
         ...
 

@@ -10,6 +10,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Any, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK
@@ -21,12 +22,18 @@ from dynamo_redis.models.llm_protocol import is_count
 from dynamo_redis.names import EndpointName, format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import serve_answers
-from dynamo_redis.router.base import CostWeights, RoutingRequest, Worker, WorkerChoice
+from dynamo_redis.router.base import (
+    BusyThresholds,
+    CostWeights,
+    RoutingRequest,
+    Worker,
+    WorkerChoice,
+)
 from dynamo_redis.router.choice.booking import BookingChooser
 from dynamo_redis.router.choice.booking_sync import BookingSync, owner_name
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.load_metrics import LoadMetrics
-from dynamo_redis.router.choice.selector import Selector
+from dynamo_redis.router.choice.selector import PolicySelector, Selector
 from dynamo_redis.router.choice.waiting_line import WaitingLines
 from dynamo_redis.router.choice.workers import WorkerCards, Workers
 from dynamo_redis.router.index.indexer import Indexer
@@ -39,6 +46,7 @@ from dynamo_redis.runtime import tracing
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.selection import Policy
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Registration
@@ -67,7 +75,8 @@ class KvRouter:
 
     Use it as `async with`, or call `start` and `aclose`. It takes the place of a `Client` of the endpoint. It
     follows the workers' KV events. With `use_kv_events` off, or without an event plane, it predicts the
-    workers' blocks from its own choices. While Redis is away it chooses by its last knowledge.
+    workers' blocks from its own choices. With a policy it knows no blocks, and the policy chooses among the
+    workers that are not busy. While Redis is away it chooses by its last knowledge.
 
     It owns one task, `_tend`, beside those of its parts. All belong to the event loop that starts it.
     """
@@ -80,12 +89,16 @@ class KvRouter:
         *,
         block_size: int | None = None,
         rng: random.Random | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """`block_size` is used if the settings have none. Without both it is the block size of the first
-        worker that reports one, by its model card or with its KV events; until then blocks have 16 tokens."""
+        worker that reports one, by its model card or with its KV events; until then blocks have 16 tokens.
+        `policy` chooses in place of the costs."""
         self.endpoint = endpoint
         self._runtime = runtime
-        self._settings = settings
+        self._settings = settings if policy is None else settings.model_copy(update={"use_kv_events": False})
+        self._policy = policy
+        self._busy = BusyThresholds(*(getattr(settings, field.name) for field in fields(BusyThresholds)))
         self._rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
         self._publisher = PublisherId(runtime.instance_id, secrets.randbits(32), 0)
         self.router_id = owner_name(self._publisher)
@@ -100,7 +113,7 @@ class KvRouter:
         self.counts = Counts()
         """Its counts since it was made."""
         self._hit_rates = Histogram(HIT_RATES)
-        self._lines = WaitingLines(settings.router_queue_count)
+        self._lines = WaitingLines(settings.router_queue_count, settings.router_queue_wait_s)
         given_block_size = settings.kv_cache_block_size or block_size
         self.block_size = given_block_size or _USUAL_BLOCK_SIZE
         """Number of tokens in a block."""
@@ -113,6 +126,7 @@ class KvRouter:
         self._workers: Workers
         self._predicted: PredictedIndex | None = None
         self._metrics: LoadMetrics | None = None
+        self._has_warned = False
         self._sync: BookingSync | None = None
         self._record: Registration | None = None
         self._served: list[ServedEndpoint] = []
@@ -156,7 +170,7 @@ class KvRouter:
             starting.append(self._sync.start(_SYNC_START_S))
         if self._metrics is not None:
             closes(self._metrics.aclose)
-            self._metrics.start()
+        self._follow_load(self._busy)
         tending = asyncio.create_task(self._supervisor.run(self._tend), name=f"router of {self.endpoint}")
 
         async def stop_tending() -> None:
@@ -190,6 +204,25 @@ class KvRouter:
             self._served = await serve_answers(self._runtime, self)
         except (ConfigError, ValueError) as exc:
             log.warning("`dynamo-redis router-state` cannot ask the router of %s: %s", self.endpoint, exc)
+
+    def _follow_load(self, busy: BusyThresholds) -> None:
+        """Have the workers' load reports read from now on, if a threshold needs them."""
+        if busy.active_decode_blocks_threshold is None:
+            return
+        if self._metrics is not None:
+            self._metrics.start()
+        elif not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "DYN_EVENT_PLANE=none: workers of %s cannot report their load, and the threshold of blocks "
+                "is compared with the blocks of the prompts that were sent from here",
+                self.endpoint,
+            )
+
+    async def count_load(self) -> None:
+        """Have the workers' load reports read from now on: they correct the load by its bookings."""
+        if self._metrics is not None:
+            self._metrics.start()
 
     def _use_block_size(self, block_size: int) -> None:
         """Take the block size that the workers report."""
@@ -251,7 +284,7 @@ class KvRouter:
         runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
         events = runtime.settings.events
         has_events = events.event_plane != "none"
-        if has_events and self._settings.active_decode_blocks_threshold is not None:
+        if has_events:
             self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._lines.wake)
         if has_events and self._settings.router_replica_sync:
             self._sync = BookingSync(
@@ -269,17 +302,18 @@ class KvRouter:
             if self._predicted is not None:
                 self._predicted.predict(worker, hashes, SYSTEM_CLOCK.monotonic())
 
-        self._workers = Workers(self._client.dispatcher, self._cards, self._metrics, self._settings)
+        predicts = self._predicted is not None and self._policy is None
+        self._workers = Workers(self._client.dispatcher, self._cards, self._metrics)
         self.chooser = BookingChooser(
             self.router_id,
             index.find,
             self._workers,
             self._book,
-            Selector(self._rng),
+            Selector(self._rng) if self._policy is None else PolicySelector(self._policy),
             self._lines,
             block_size=self.block_size,
             weights=self._weights,
-            predict=None if self._predicted is None else predict,
+            predict=predict if predicts else None,
             listener=self._sync,
         )
 
@@ -292,14 +326,18 @@ class KvRouter:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
+        busy: BusyThresholds | None = None,
     ) -> RoutedCall:
         """As `Client.generate`, at the worker that is best for the request's `token_ids`.
 
         The worker gets the rank chosen as `dp_rank`. A request may bring its own weights as
-        `router_config_override`. While all workers are busy it waits. Raises InvalidRequest, NoInstances,
+        `router_config_override`. While all workers are busy it waits, for `router_queue_wait_s` at most:
+        busy by the thresholds `busy`, or by those of the settings. Raises InvalidRequest, NoInstances,
         Overloaded and DeadlineExceeded, beside the errors of the call.
         """
-        routing = self._routing(request, context, among)
+        if busy is not None:
+            self._follow_load(busy)
+        routing = self._routing(request, context, among, busy)
         choice = await self._choose(routing, context)
         route = BookedRoute(self._client.dispatcher, self.chooser, routing, choice)
         try:
@@ -357,7 +395,11 @@ class KvRouter:
         return choice
 
     def _routing(
-        self, request: Any, context: Context | None, among: Collection[int] | None
+        self,
+        request: Any,
+        context: Context | None,
+        among: Collection[int] | None,
+        busy: BusyThresholds | None = None,
     ) -> RoutingRequest:
         """Read from a request the parts that a choice depends on. Raises InvalidRequest."""
         token_ids = token_ids_of(request)
@@ -370,6 +412,7 @@ class KvRouter:
             deadline=deadline if deadline is not None else SYSTEM_CLOCK.monotonic() + BOOKING_S,
             among=among,
             weights=weights_of(request, self._weights),
+            busy=busy or self._busy,
         )
 
     def _count(self, routing: RoutingRequest, choice: WorkerChoice, item: Any) -> bool:
@@ -439,7 +482,7 @@ class KvRouter:
             endpoint=str(self.endpoint),
             instance_id=self._runtime.instance_id,
             block_size=self.block_size,
-            mode="events" if self.indexer is not None else "predicted",
+            mode="events" if self.indexer is not None else "predicted" if self._policy is None else "load",
             synced=self._sync is not None,
             workers=describe_workers(workers, block_counts, self._book.loads()),
             active_count=len(self.chooser.bookings),

@@ -58,7 +58,7 @@ class RouterState:
     instance_id: int
     block_size: int
     mode: str
-    """`events`, or `predicted`."""
+    """`events`, `predicted`, or `load` for a router that knows no blocks."""
     synced: bool
     """True if it exchanges bookings with other routers."""
     workers: list[dict[str, Any]]
@@ -94,7 +94,7 @@ def check_state(answer: Any) -> dict[str, Any]:
     releases stay. Raises InvalidRecord."""
     state = _check_fields(answer, _FIELDS)
     index = state["index"]
-    _check_fields(index, {"block_count": (int,)} if state["mode"] == "predicted" else _INDEX_FIELDS)
+    _check_fields(index, _INDEX_FIELDS if state["mode"] == "events" else {"block_count": (int,)})
     snapshot = index.get("snapshot")
     if snapshot is not None:
         _check_fields(snapshot, {"at": _NUMBER})

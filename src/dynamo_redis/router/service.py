@@ -3,8 +3,9 @@
     <ns>.router.generate        a generate request → the worker's answer, streamed through
     <ns>.router.best_worker_id  `{"token_ids": […]}` → one item, see `answering.describe_choice`
 
-`generate` takes a generate request with one more key, `routing`: `{"endpoint": …, "among": […]}`. `endpoint`
-is the workers' endpoint, as a check; `among` are the instances to choose among.
+`generate` takes a generate request with one more key, `routing`, a map. `endpoint` is the workers' endpoint,
+as a check; `among` are the instances to choose among; `busy`, if present, has the thresholds of the model, by
+the names of `BusyThresholds`.
 
 `best_worker_id` books nothing, unless the request has `"hold": true`. Then the answer stays open after its
 item, and the booking lasts until the caller ends the call or is gone, or the deadline passes. The caller
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncGenerator, Collection
+from dataclasses import asdict, fields
 from typing import Any
 
 from dynamo_redis.errors import (
@@ -33,6 +35,7 @@ from dynamo_redis.errors import (
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import describe_choice
+from dynamo_redis.router.base import BusyThresholds
 from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.router.prompts import token_ids_of
 from dynamo_redis.runtime.call import Call
@@ -89,9 +92,10 @@ class RouterService:
             if among != self._among:
                 self._among = among
             among = self._among  # the same object for the same ids: their workers are found again by it
+        busy = _thresholds(routing.get("busy"))
         is_answered = False
         try:
-            call = await self._router.generate(request, False, context, among=among)
+            call = await self._router.generate(request, False, context, among=among, busy=busy)
             async for item in call:
                 is_answered = True
                 yield item
@@ -111,6 +115,22 @@ class RouterService:
         async with self._router.reserve(request, context) as choice:
             yield describe_choice(choice, self._router.block_size)
             await context.async_killed_or_stopped()
+
+
+def _thresholds(given: Any) -> BusyThresholds | None:
+    """Read the thresholds that a frontend sends; names of later releases are ignored. Raises
+    InvalidRequest."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise InvalidRequest("routing.busy must be a map of thresholds")
+    thresholds = BusyThresholds()
+    for field in fields(BusyThresholds):
+        value = given.get(field.name)
+        if value is not None and (type(value) not in (int, float) or not value >= 0):
+            raise InvalidRequest(f"routing.busy.{field.name} must be a number that is not negative")
+        setattr(thresholds, field.name, value)
+    return thresholds
 
 
 class RouterClient:
@@ -148,8 +168,9 @@ class RouterClient:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
+        busy: BusyThresholds | None = None,
     ) -> Call:
-        """As `Client.generate`, through a router."""
+        """As `KvRouter.generate`, through a router. Workers that are chosen here are never busy."""
         routers, workers = self._routers.dispatcher, self._workers.dispatcher
         is_routed = bool(routers.view.candidates)
         if is_routed != self._is_routed:
@@ -160,13 +181,18 @@ class RouterClient:
                 log.warning("no router can be reached: workers are chosen by load")
         if not is_routed:
             return Call(workers, self._select, request, bool(annotated), context, among)
-        routing = {
+        routing: dict[str, Any] = {
             "endpoint": str(workers.view.name),
             "among": None if among is None else sorted(among),
         }
+        if busy is not None:
+            routing["busy"] = asdict(busy)
         route = _ServiceRoute(routers, workers, self._select, among)
         request = {**request, "routing": routing}
         return Call(routers, self._select, request, bool(annotated), context, route=route)
+
+    async def count_load(self) -> None:
+        """Do nothing: the router service counts the load."""
 
     def instance_ids(self) -> list[int]:
         """As `Client.instance_ids`, of the workers."""

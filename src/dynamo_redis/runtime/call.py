@@ -59,6 +59,7 @@ class Call:
         "_select",
         "_stream",
         "_was_read",
+        "resent_count",
     )
 
     def __init__(
@@ -93,6 +94,8 @@ class Call:
         self._answered = False
         self._error: PlaneError | None = None
         self._failures: _Failures | None = None
+        self.resent_count = 0
+        """How often the request was sent to another instance after a failure."""
         self._member: Member
         self._open(dispatcher.choose(select, None, among) if member is None else member)
 
@@ -248,6 +251,7 @@ class Call:
             if following is None:
                 self._error = None
                 raise error
+            self.resent_count += 1
             self._open(following)
         finally:
             failures.searching = False

@@ -28,6 +28,7 @@ from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.models.upload import make_card, upload_model_files
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
+from dynamo_redis.router.base import BusyThresholds
 from dynamo_redis.runtime import DistributedRuntime, Settings
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision, WatchBatch
@@ -43,6 +44,7 @@ class FakeCall:
     """An answer that a test wrote. It runs ahead of its reader as a worker does, within a window."""
 
     instance_id = 1
+    resent_count = 0
 
     def __init__(self, items: AsyncGenerator[Any]) -> None:
         self._arrived: asyncio.Queue[Any] = asyncio.Queue(WINDOW_COUNT)
@@ -112,9 +114,8 @@ class FakeRegistry:
     write_refusal: str | None = None
 
     def watch(self, prefix: str, *, start_revision: Revision | None = None) -> FakeWatch:
-        assert prefix == "v1/mdc/"
         assert start_revision is None
-        return self.watching
+        return self.watching if prefix == "v1/mdc/" else FakeWatch()
 
     def put(self, key: str, value: bytes) -> None:
         record = Record(key, value, Revision("1-0"), Revision("1-0"), 1, LeaseId(1))
@@ -160,8 +161,10 @@ class Worker:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
+        busy: BusyThresholds | None = None,
     ) -> FakeCall:
         assert annotated is False
+        assert busy is None
         assert context is not None
         if not self.ids:
             raise NoInstances("no instance of dynamo.backend.generate is known")
@@ -185,6 +188,9 @@ class Worker:
     def confirmed_instances(self) -> list[Instance]:
         transports = {"tcp": "127.0.0.1:1/x"}
         return [Instance(self.endpoint, InstanceId(i), transports, secret=b"never shown") for i in self.ids]
+
+    async def count_load(self) -> None:
+        pass
 
     async def aclose(self) -> None:
         pass

@@ -35,6 +35,19 @@ class RandomEngine(NotingEngine):
             yield item
 
 
+class OnceLostEngine(NotingEngine):
+    """Loses the first request of all these engines before its first item."""
+
+    lost_count = 0
+
+    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
+        if not OnceLostEngine.lost_count:
+            OnceLostEngine.lost_count += 1
+            raise ConnectionLost("the engine is gone")
+        async for item in super().generate(request, context):
+            yield item
+
+
 async def samples(url: str) -> list[Sample]:
     async with httpx.AsyncClient(timeout=WITHIN_S) as http:
         response = await http.get(f"{url}/metrics")
@@ -140,3 +153,15 @@ async def test_nothing_is_left_at_rest(deployment: Deployment) -> None:
     assert total(found, "request_duration_seconds_count") == ended
     assert total(found, "model_migration_total", migration_type="ongoing_request") > 0
     assert total(found, "requests_total", error_type="cancelled") == total(found, "disconnected_clients")
+
+
+async def test_requests_sent_again_are_counted(deployment: Deployment) -> None:
+    for _ in range(2):
+        await deployment.worker(kind=OnceLostEngine)
+    OnceLostEngine.lost_count = 0
+    url = await deployment.frontend(migration_limit=1)
+    await until_healthy(url, 2)
+    assert (await complete(url)).status_code == 200
+    found = await samples(url)
+    assert total(found, "model_migration_total", migration_type="new_request") == 1
+    assert total(found, "model_migration_total", migration_type="ongoing_request") == 0

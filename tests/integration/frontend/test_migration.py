@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
@@ -16,10 +16,12 @@ import pytest
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.errors import (
     ConnectionLost,
+    DeadlineExceeded,
     Draining,
     EngineFailed,
     InstanceRemoved,
     InvalidRequest,
+    Overloaded,
     PlaneError,
 )
 from dynamo_redis.models.directory import ModelDirectory
@@ -97,7 +99,7 @@ def text_of(events: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("mode", ["round_robin", "kv"])
-@pytest.mark.parametrize("losses", [(1,), (7,), (30, 20), (59,), (3, 0, 5)])
+@pytest.mark.parametrize("losses", [(0,), (1,), (7,), (30, 20), (59,), (0, 4), (3, 0, 5), (5, 0, 0)])
 async def test_an_answer_goes_on_token_for_token(
     deployment: Deployment, losses: tuple[int, ...], mode: str
 ) -> None:
@@ -109,6 +111,7 @@ async def test_an_answer_goes_on_token_for_token(
 
     engines.set(*losses)
     events = await stream(url)
+    assert len(engines.requests) == len(losses) + 1
     assert text_of(events) == unbroken["choices"][0]["text"]
     assert events[-1]["usage"]["completion_tokens"] == 60
     assert events[-1]["usage"]["prompt_tokens"] == unbroken["usage"]["prompt_tokens"]
@@ -246,6 +249,47 @@ async def test_stop_strings_across_a_migration_are_found(deployment: Deployment)
     assert text_of(events) == text[: text.index(stop)]
 
 
+class FullEngine(LosingEngine):
+    """Refuses the rest of an answer a number of times."""
+
+    refusal_count = 0
+
+    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
+        if request.get("answered_count") and self.refusal_count:
+            self.refusal_count -= 1
+            raise Overloaded("no room")
+        async for item in super().generate(request, context):
+            yield item
+
+
+@pytest.mark.parametrize("mode", ["round_robin", "kv"])
+async def test_rest_of_an_answer_waits_for_room(deployment: Deployment, mode: str) -> None:
+    engines = await losing_engines(deployment, 3, kind=FullEngine)
+    url = await deployment.frontend(migration_limit=1, router_mode=mode)
+    await until_healthy(url, 3)
+    _, unbroken = await complete(url)
+    for is_stream in (True, False):
+        engines.set(5)
+        for engine in engines.engines:
+            assert isinstance(engine, FullEngine)
+            engine.refusal_count = 4
+        answered = text_of(await stream(url)) if is_stream else (await complete(url))[1]["choices"][0]["text"]
+        assert answered == unbroken["choices"][0]["text"]
+
+
+async def test_wait_for_room_ends_with_the_deadline(deployment: Deployment) -> None:
+    engines = await losing_engines(deployment, 2, kind=FullEngine)
+    url = await deployment.frontend(migration_limit=1, request_timeout_s=1.5)
+    await until_healthy(url, 2)
+    engines.set(5)
+    for engine in engines.engines:
+        assert isinstance(engine, FullEngine)
+        engine.refusal_count = 1_000_000
+    *events, last = await stream(url)
+    assert text_of(events)
+    assert last["error"]["code"] == DeadlineExceeded.code
+
+
 # --------------------------------------------------------------------------- processes that are killed
 
 
@@ -281,7 +325,7 @@ async def test_killed_workers_cost_no_answer(
             worker.wait()
 
 
-def start_worker(url: str, prefix: str) -> subprocess.Popen[bytes]:
+def start_worker(url: str, prefix: str, speedup_ratio: str = "1") -> subprocess.Popen[bytes]:
     """Start a worker process that answers in about a second."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "dynamo_redis", "worker", "mock"],
@@ -289,8 +333,64 @@ def start_worker(url: str, prefix: str) -> subprocess.Popen[bytes]:
             **os.environ,
             "DYN_REDIS_URL": url,
             "DYN_REDIS_PREFIX": prefix,
-            "DYN_MOCK_SPEEDUP_RATIO": "1",
+            "DYN_MOCK_SPEEDUP_RATIO": speedup_ratio,
             "DYN_LOG": "error",
         },
         stdout=subprocess.DEVNULL,
     )
+
+
+async def until_begun(response: httpx.Response) -> AsyncIterator[str]:
+    """Return the lines of a stream, once its first has come."""
+    lines = response.aiter_lines()
+    await anext(lines)
+    return lines
+
+
+async def test_answer_waits_for_a_new_worker(
+    deployment: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    """The only worker is killed, and another one starts a moment later."""
+    workers = [start_worker(dynamo_redis_url, dynamo_redis_prefix)]
+    try:
+        url = await deployment.frontend(migration_limit=1)
+        await until_healthy(url, 1)
+        _, unbroken = await complete(url)
+        body = {**PROMPT, "stream": True}
+        async with (
+            httpx.AsyncClient(timeout=WITHIN_S) as http,
+            http.stream("POST", f"{url}/v1/completions", json=body) as response,
+        ):
+            lines = await until_begun(response)
+            workers[0].kill()
+            await deployment.worker()
+            rest = [json.loads(line[6:]) async for line in lines if line.startswith("data: {")]
+        assert not any("error" in event for event in rest)
+        text = unbroken["choices"][0]["text"]
+        assert text.endswith(text_of(rest))
+        assert rest[-1]["choices"][0]["finish_reason"] == "length"
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+async def test_wait_for_a_worker_ends_with_the_deadline(
+    deployment: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    worker = start_worker(dynamo_redis_url, dynamo_redis_prefix, speedup_ratio="0.1")
+    try:
+        url = await deployment.frontend(migration_limit=1, request_timeout_s=3)
+        await until_healthy(url, 1)
+        body = {**PROMPT, "stream": True}
+        async with (
+            httpx.AsyncClient(timeout=WITHIN_S) as http,
+            http.stream("POST", f"{url}/v1/completions", json=body) as response,
+        ):
+            lines = await until_begun(response)
+            worker.kill()
+            *_, last = [json.loads(line[6:]) async for line in lines if line.startswith("data: {")]
+        assert last["error"]["code"] == DeadlineExceeded.code
+    finally:
+        worker.kill()
+        worker.wait()

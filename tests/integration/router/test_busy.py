@@ -14,7 +14,7 @@ from dynamo_redis.runtime import DistributedRuntime
 from tests.routed_deployment import Deployment, until, until_served
 
 PROMPT = list(range(2, 162))  # 160 tokens, ten blocks
-THRESHOLD: dict[str, Any] = {"active_prefill_tokens_threshold": 100}
+THRESHOLD: dict[str, Any] = {"active_prefill_tokens_threshold": 100, "router_queue_wait_s": 60}
 
 
 def post(frontend: httpx.AsyncClient, model: str = "demo") -> asyncio.Task[httpx.Response]:
@@ -110,10 +110,10 @@ async def test_worker_is_busy_by_its_own_report(deployment: Deployment) -> None:
         return 0 if known is None else known[0]
 
     await until(lambda: said_blocks() >= 10)
-    assert router._workers.without_busy([choice], router.chooser._book) == []
+    assert router._workers.without_busy([choice], router.chooser._book, router._busy) == []
     await call.aclose()
     await until(lambda: said_blocks() == 0)
-    assert router._workers.without_busy([choice], router.chooser._book) == [choice]
+    assert router._workers.without_busy([choice], router.chooser._book, router._busy) == [choice]
     assert worker.engine.request_count == 1
 
 

@@ -165,8 +165,16 @@ def test_a_character_cut_short_is_replaced(bytes_tokenizer: Tokenizer, window_to
         assert set(detokenizer.finish()) == {"\ufffd"}
 
 
-def test_ids_that_do_not_exist_have_no_text(bytes_tokenizer: Tokenizer) -> None:
-    assert bytes_tokenizer.detokenizer().feed([-1, 10**6, 2**40]) == ""
+def test_ids_past_the_vocabulary_have_no_text(
+    bytes_tokenizer: Tokenizer, window_tokenizer: Tokenizer
+) -> None:
+    """Models have more ids than their tokenizer. Ids that no model has are errors."""
+    for tokenizer in (bytes_tokenizer, window_tokenizer):
+        size = tokenizer.vocabulary_size
+        assert tokenizer.detokenizer().feed([size, size + 1000]) == ""
+        for wrong in (-1, 10**6, 2**40):
+            with pytest.raises(OverflowError):
+                tokenizer.detokenizer().feed([wrong])
 
 
 def test_special_tokens_have_no_text_and_no_weight(

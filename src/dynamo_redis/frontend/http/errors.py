@@ -119,6 +119,24 @@ def bodies_full(limit_bytes: int) -> ApiError:
     )
 
 
+def frontend_full(limit: int) -> ApiError:
+    """Make the 503 for a request that found no place in time beside the requests under way."""
+    return ApiError(
+        503,
+        f"The frontend has as many requests as it may, {limit} (DYN_HTTP_MAX_IN_FLIGHT): try again.",
+        kind=_UNAVAILABLE,
+        code="overloaded",
+        retry_after_s=1.0,
+    )
+
+
+def registry_refuses(error: Exception) -> ApiError:
+    """Make the 503 for a change that Redis does not take now."""
+    return ApiError(
+        503, f"Not changed: {error}", kind=_UNAVAILABLE, code="registry_unavailable", retry_after_s=1.0
+    )
+
+
 def too_many_choices(wanted_count: int, most_count: int) -> ApiError:
     """Make the 400 for a body that asks for too many answers."""
     return ApiError(
@@ -169,7 +187,7 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.InstanceRemoved: (502, _SERVER),
     errors.AuthenticationFailed: (502, _SERVER),
     errors.ProtocolViolation: (502, _SERVER),
-    errors.HandlerFailed: (500, _SERVER),
+    errors.HandlerFailed: (502, _SERVER),
     errors.EngineFailed: (502, _SERVER),
 }
 

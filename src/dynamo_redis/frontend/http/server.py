@@ -29,9 +29,8 @@ from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import observed
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.record import keep_listed
-from dynamo_redis.frontend.routing import client_opener
+from dynamo_redis.frontend.routing import client_opener, router_of
 from dynamo_redis.names import EndpointName
-from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,8 @@ async def serve_frontend(
         if on_ready is not None:
             on_ready(url)
 
-    open_client = client_opener(runtime, settings, router_settings or RouterSettings.load())
+    router_settings = router_settings or RouterSettings.load()
+    open_client = client_opener(runtime, settings, router_settings)
     listener = listener or bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
         await runtime.start()
@@ -78,6 +78,7 @@ async def serve_frontend(
             cache_dir=cache_dir,
             lease_ttl_s=runtime.settings.store.lease_ttl_s,
             tokenizer=settings.tokenizer,
+            router_settings=router_settings,
         )
         listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
@@ -124,10 +125,10 @@ async def _clear_caches(
     runtime: DistributedRuntime, models: LiveModels, endpoints: Collection[EndpointName]
 ) -> tuple[int, dict[str, Any]]:
     status, body = await clear_kv_blocks(runtime, endpoints)
-    for client in {version.client for model in models.served() for version in model.loaded()}:
-        if isinstance(client, KvRouter):
+    for router in map(router_of, models.clients()):
+        if router is not None:
             for worker in body["cleared_workers"]:
-                client.forget_predictions(worker["instance_id"])
+                router.forget_predictions(worker["instance_id"])
     return status, body
 
 

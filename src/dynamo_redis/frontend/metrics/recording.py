@@ -45,6 +45,8 @@ def error_type(error: ApiError) -> ErrorType:
     """Return the word for an error's sort."""
     if error.code == "overloaded":
         return "overload"
+    if error.code == "handler_failed":
+        return "internal"
     found = _BY_STATUS.get(error.status)
     if found is not None:
         return found
@@ -67,6 +69,8 @@ class ModelRecord:
         self.cached_tokens = Histogram(_TOKENS)
         self.answer_token_count = 0
         self.migrations: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        """Requests that were refused because of overload, by endpoint."""
 
 
 class FrontendMetrics:
@@ -129,6 +133,11 @@ class RequestRecord:
             if self.observation is not None:
                 self.observation.note_first_item(now)
 
+    def note_resent(self, count: int) -> None:
+        """Note how often the request of a choice was sent to another instance before its first item."""
+        if count:
+            self.model.migrations["new_request"] += count
+
     def note_migration(self) -> None:
         """Note that an answer goes on at another worker."""
         self.model.migrations["ongoing_request"] += 1
@@ -156,6 +165,8 @@ class RequestRecord:
             self._all.disconnected_count += 1
         elif error is not None:
             kind = error_type(error)
+            if error.code == "overloaded":
+                model.rejected[self._endpoint] += 1
         status = "error" if kind else "success"
         model.requests[self._endpoint, self._request_type, status, kind] += 1
         model.durations_s.add(time.perf_counter() - self._started_at)

@@ -40,6 +40,7 @@ class ModelReading:
     queued_count: int
     answer_token_count: int
     migrations: Mapping[str, int]
+    rejected: Mapping[str, int]
     histograms: Sequence[HistogramReading]
     """In the order of their names above."""
 
@@ -56,6 +57,7 @@ class ModelReading:
             queued_count=record.queued_count,
             answer_token_count=record.answer_token_count,
             migrations=dict(record.migrations),
+            rejected=dict(record.rejected),
             histograms=[histogram.read() for histogram in histograms],
         )
 
@@ -68,21 +70,26 @@ class FrontendReading:
     served: Sequence[ServedModel]
     refused: Mapping[tuple[str, ErrorType], int]
     disconnected_count: int
+    waiting_count: int
 
     @classmethod
-    def of(cls, metrics: FrontendMetrics, served: Sequence[ServedModel]) -> FrontendReading:
-        """Read the figures of now. For the event loop's thread."""
+    def of(
+        cls, metrics: FrontendMetrics, served: Sequence[ServedModel], *, waiting_count: int = 0
+    ) -> FrontendReading:
+        """Read the figures of now, when `waiting_count` requests wait for a place. For the event loop's
+        thread."""
         return cls(
             models={name: ModelReading.of(record) for name, record in metrics.models.items()},
             served=served,
             refused=dict(metrics.refused),
             disconnected_count=metrics.disconnected_count,
+            waiting_count=waiting_count,
         )
 
 
 def families(reading: FrontendReading) -> list[Family]:
     """Return the metrics of the reading."""
-    return [*_requests(reading), *_histograms(reading), *_models(reading)]
+    return [*_requests(reading), *_overload(reading), *_histograms(reading), *_models(reading)]
 
 
 def _requests(reading: FrontendReading) -> Iterable[Family]:
@@ -112,6 +119,16 @@ def _requests(reading: FrontendReading) -> Iterable[Family]:
     left = _metric("disconnected_clients", "Clients that left before the end of their answer", "gauge")
     left.add(reading.disconnected_count)
     return [requests, in_flight, queued, tokens, migrations, refused, left]
+
+
+def _overload(reading: FrontendReading) -> Iterable[Family]:
+    rejected = _metric("model_rejection_total", "Requests that were refused because of overload", "counter")
+    for name, model in reading.models.items():
+        for endpoint, count in model.rejected.items():
+            rejected.add(count, {"model": name, "endpoint": endpoint})
+    waiting = _metric("admission_queued_requests", "Requests that wait for a place", "gauge")
+    waiting.add(reading.waiting_count)
+    return [rejected, waiting]
 
 
 def _histograms(reading: FrontendReading) -> Iterable[Family]:

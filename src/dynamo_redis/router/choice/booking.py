@@ -15,9 +15,17 @@ from typing import Protocol
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.events.block_hashes import pack_names
-from dynamo_redis.router.base import CostWeights, Matched, RoutingRequest, Worker, WorkerChoice, WorkerLoad
+from dynamo_redis.router.base import (
+    BusyThresholds,
+    CostWeights,
+    Matched,
+    RoutingRequest,
+    Worker,
+    WorkerChoice,
+    WorkerLoad,
+)
 from dynamo_redis.router.choice.load_book import LoadBook
-from dynamo_redis.router.choice.selector import Selector
+from dynamo_redis.router.choice.selector import Selects
 from dynamo_redis.router.choice.waiting_line import WaitingLines
 
 Find = Callable[[Sequence[int]], Mapping[Worker, Matched]]
@@ -34,8 +42,10 @@ class Candidates(Protocol):
         """Return the workers to choose from; empty if there are none."""
         ...
 
-    def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
-        """Return those of the workers that are not busy."""
+    def without_busy(
+        self, workers: Sequence[Worker], book: LoadBook, busy: BusyThresholds | None
+    ) -> Sequence[Worker]:
+        """Return those of the workers that are not busy by these thresholds."""
         ...
 
 
@@ -71,7 +81,7 @@ class BookingChooser:
         find: Find,
         candidates: Candidates,
         book: LoadBook,
-        selector: Selector,
+        selector: Selects,
         lines: WaitingLines,
         *,
         block_size: int,
@@ -103,7 +113,7 @@ class BookingChooser:
         line."""
 
         def choose_if_free() -> WorkerChoice | None:
-            workers = self._candidates.without_busy(self._workers_for(request), self._book)
+            workers = self._candidates.without_busy(self._workers_for(request), self._book, request.busy)
             return self._choose_now(request, workers) if workers else None
 
         booking = self.bookings.get(request.request_id)

@@ -26,8 +26,8 @@ _LISTEN_S = 1.0
 class LoadMetrics:
     """The blocks in use in the workers' KV caches, as they report them: they correct the load book.
 
-    It owns one task, which listens to the topic until `aclose`. A report that is published while it does not
-    listen is lost; the next one follows a moment later.
+    It owns one task, which listens to the topic from `start` to `aclose`. A report that is published while it
+    does not listen is lost; the next one follows a moment later.
     """
 
     def __init__(
@@ -47,10 +47,17 @@ class LoadMetrics:
         self._clock = clock
         self._used: dict[Worker, tuple[int, int | None, float]] = {}  # blocks in use, all blocks, time
         self._reader: asyncio.Task[None] | None = None
+        self._started_at = float("inf")
+        self._is_closed = False
         self._supervisor = Supervisor(log, f"load metrics {self._topic.path}")
 
+    @property
+    def has_listened(self) -> bool:
+        """True once every worker that reports its load has been heard."""
+        return self._clock.monotonic() - self._started_at > STALE_AFTER_S
+
     def start(self) -> None:
-        """Begin to listen."""
+        """Begin to listen. Idempotent; no effect after `aclose`."""
 
         async def listen() -> None:
             subscription = await self._streams.subscribe(self._topic)
@@ -62,13 +69,15 @@ class LoadMetrics:
             finally:
                 await subscription.aclose()
 
-        if self._reader is None:
+        if self._reader is None and not self._is_closed:
+            self._started_at = self._clock.monotonic()
             self._reader = asyncio.create_task(
                 self._supervisor.run(listen), name=f"load metrics {self._topic.path}"
             )
 
     async def aclose(self) -> None:
         """Stop listening."""
+        self._is_closed = True
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)

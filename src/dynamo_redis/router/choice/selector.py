@@ -16,13 +16,72 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from itertools import repeat
+from typing import Protocol
 
 from dynamo_redis.router.base import CostWeights, Matched, Worker, WorkerChoice, WorkerCost
 from dynamo_redis.router.choice.load_book import IDLE, LoadBook
+from dynamo_redis.runtime.selection import Policy
 
 NOTHING = Matched(0)
 
 _NONE_ACTIVE: Mapping[Worker, int] = {}
+
+
+class Selects(Protocol):
+    """Chooses a worker for a request."""
+
+    def select(
+        self,
+        candidates: Sequence[Worker],
+        matched: Mapping[Worker, Matched],
+        book: LoadBook,
+        *,
+        token_count: int,
+        block_size: int,
+        weights: CostWeights,
+        active: Mapping[Worker, int] = ...,
+        explain: bool = False,
+    ) -> WorkerChoice:
+        """As `Selector.select`."""
+        ...
+
+
+class PolicySelector:
+    """Chooses by a policy of `runtime/selection.py`, in place of the costs. The policy sees each rank, with
+    the number of requests that are booked there."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def select(
+        self,
+        candidates: Sequence[Worker],
+        matched: Mapping[Worker, Matched],
+        book: LoadBook,
+        *,
+        token_count: int,
+        block_size: int,
+        weights: CostWeights,
+        active: Mapping[Worker, int] = _NONE_ACTIVE,
+        explain: bool = False,
+    ) -> WorkerChoice:
+        """As `Selector.select`. The choice has no costs."""
+        if not candidates:
+            raise ValueError("no worker to choose from")
+        loads = map(book.loads().get, candidates, repeat(IDLE))
+        ranks = [_Rank(worker, load.request_count) for worker, load in zip(candidates, loads, strict=True)]
+        return WorkerChoice(self._policy(ranks).worker, NOTHING, 0.0)
+
+
+class _Rank:
+    """A rank as a policy sees it."""
+
+    __slots__ = ("in_flight", "instance_id", "worker")
+
+    def __init__(self, worker: Worker, in_flight: int) -> None:
+        self.worker = worker
+        self.instance_id = worker.instance_id
+        self.in_flight = in_flight
 
 
 class Selector:

@@ -30,9 +30,11 @@ class WaitingLines:
     It owns no task. A line exists while a request waits in it.
     """
 
-    def __init__(self, limit: int) -> None:
-        """`limit` is the most requests that may wait in each line."""
+    def __init__(self, limit: int, wait_s: float | None = None) -> None:
+        """`limit` is the most requests that may wait in each line, and `wait_s` the longest time that each of
+        them waits; None: until its deadline."""
         self._limit = limit
+        self._wait_s = wait_s
         self._lines: dict[Hashable, WaitingLine] = {}
         self._numbers = itertools.count()
 
@@ -46,7 +48,7 @@ class WaitingLines:
         """Wait as in `WaitingLine.enter`, in the line of the requests for the same instances: those with the
         same `LiveIds` or `IdsWithout`, or with equal ids."""
         key = among if among is None or isinstance(among, LiveIds | IdsWithout) else frozenset(among)
-        line = self._lines.setdefault(key, WaitingLine(self._limit, self._numbers))
+        line = self._lines.setdefault(key, WaitingLine(self._limit, self._wait_s, self._numbers))
         try:
             return await line.enter(try_now, deadline)
         finally:
@@ -73,12 +75,14 @@ class _Waiter:
 class WaitingLine:
     """One line of requests. `wake` lets the first one try.
 
-    It owns no task. At most `limit` requests wait; further ones get Overloaded at once.
+    It owns no task. At most `limit` requests wait, each for `wait_s` at most; further ones get Overloaded at
+    once.
     """
 
-    def __init__(self, limit: int, numbers: Iterator[int] | None = None) -> None:
+    def __init__(self, limit: int, wait_s: float | None = None, numbers: Iterator[int] | None = None) -> None:
         """`numbers` numbers the requests in the order in which they come."""
         self._limit = limit
+        self._wait_s = wait_s
         self._numbers = itertools.count() if numbers is None else numbers
         self._line: deque[_Waiter] = deque()
 
@@ -93,23 +97,30 @@ class WaitingLine:
         """Return the result of `try_now`, as soon as it is not None and all earlier requests have theirs.
 
         `deadline` is monotonic. `try_now` must not wait; an error that it raises ends the waiting. A call
-        that is cancelled leaves the line. Raises Overloaded if no more requests may wait, DeadlineExceeded.
+        that is cancelled leaves the line. Raises DeadlineExceeded, and Overloaded if no more requests may
+        wait, or this one has waited for `wait_s`.
         """
         if not self._line and (found := try_now()) is not None:
             return found
+        if self._wait_s == 0:
+            raise Overloaded("all workers are busy", RETRY_AFTER_S)
         if len(self._line) >= self._limit:
             raise Overloaded("all workers are busy, and the line of waiting requests is full", RETRY_AFTER_S)
+        left_s = deadline - SYSTEM_CLOCK.monotonic()
+        is_cut = self._wait_s is not None and self._wait_s < left_s
         loop = asyncio.get_running_loop()
         waiter = _Waiter(next(self._numbers), loop.create_future())
         self._line.append(waiter)
         try:
-            async with asyncio.timeout(deadline - SYSTEM_CLOCK.monotonic()):
+            async with asyncio.timeout(self._wait_s if is_cut else left_s):
                 while True:
                     await waiter.turn
                     if (found := try_now()) is not None:
                         return found
                     waiter.turn = loop.create_future()
         except TimeoutError:
+            if is_cut:
+                raise Overloaded(f"all workers were busy for {self._wait_s:g} s", RETRY_AFTER_S) from None
             raise DeadlineExceeded("all workers were busy until the request's deadline") from None
         finally:
             self._line.remove(waiter)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dynamo_redis.config import RouterSettings
 from dynamo_redis.decoding import removal
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.models.card import ModelCard, parse_card_key
 from dynamo_redis.names import MODEL_CARDS, EndpointName
-from dynamo_redis.router.base import Worker
+from dynamo_redis.router.base import BusyThresholds, Worker, WorkerLoad
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.load_metrics import LoadMetrics
 from dynamo_redis.runtime.among import ids_now
@@ -37,6 +36,8 @@ class Capacity:
     total_blocks: int | None = None
     """The blocks of one rank."""
     event_plane: str | None = None
+    step_tokens: int | None = None
+    """Most prompt tokens that one rank reads in one step."""
 
 
 class WorkerCards:
@@ -128,6 +129,14 @@ class WorkerCards:
                 f"{followed!r}: none of its blocks will be known. Set DYN_EVENT_PLANE alike",
             )
 
+    def warn_of_no_size(self, instance_id: int) -> None:
+        """Warn of an instance that says nowhere how many KV blocks it has."""
+        self._warn(
+            instance_id,
+            "says neither in its card nor in its load reports how many KV blocks it has: "
+            "DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD does not count for it",
+        )
+
     def _warn(self, instance_id: int, complaint: str) -> None:
         """Log a complaint about an instance, once, and no more than `_WARNINGS_COUNT` different ones."""
         if complaint not in self._warned and len(self._warned) < _WARNINGS_COUNT:
@@ -162,6 +171,7 @@ class WorkerCards:
             card.runtime_config.data_parallel_size or 1,
             card.runtime_config.total_kv_blocks,
             card.runtime_config.event_plane,
+            card.runtime_config.max_num_batched_tokens,
         )
         self._without_card.discard(instance_id)
         if self._capacities.get(instance_id) != capacity:
@@ -184,13 +194,11 @@ class Workers:
         dispatcher: Dispatcher,
         cards: WorkerCards,
         metrics: LoadMetrics | None,
-        settings: RouterSettings,
     ) -> None:
+        """`metrics` are None if the workers' reports cannot be heard."""
         self._view = dispatcher.view
         self._cards = cards
         self._metrics = metrics
-        self._most_used = settings.active_decode_blocks_threshold
-        self._most_prefill_tokens = settings.active_prefill_tokens_threshold
         self._usual: list[Worker] = []
         self._made_of: tuple[list[Member], int, frozenset[int] | None] | None = None
 
@@ -225,29 +233,39 @@ class Workers:
                 return workers
         return []
 
-    def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
-        """Return the workers whose load is below the thresholds; all of them where no threshold is set.
-
-        The threshold of used KV blocks does not count for a worker whose total of blocks is not known.
-        """
-        most_used, most_prefill_tokens = self._most_used, self._most_prefill_tokens
-        if most_used is None and most_prefill_tokens is None:
+    def without_busy(
+        self, workers: Sequence[Worker], book: LoadBook, busy: BusyThresholds | None
+    ) -> Sequence[Worker]:
+        """Return the workers whose load is not above the thresholds; all of them where none is set."""
+        if busy is None or not busy.is_set:
             return workers
-        free = []
-        for worker in workers:
-            load = book.load(worker)
-            if most_prefill_tokens is not None and load.prefill_tokens > most_prefill_tokens:
-                continue
-            if most_used is not None:
-                capacity = self._cards.get(worker.instance_id)
-                total_blocks = None if capacity is None else capacity.total_blocks
-                reported = None if self._metrics is None else self._metrics.used_blocks(worker)
-                if reported is not None:
-                    total_blocks = reported[1] or total_blocks
-                if total_blocks is not None and total_blocks > 0 and load.blocks / total_blocks > most_used:
-                    continue
-            free.append(worker)
-        return free
+        return [worker for worker in workers if not self._is_busy(worker, book.load(worker), busy)]
+
+    def _is_busy(self, worker: Worker, load: WorkerLoad, busy: BusyThresholds) -> bool:
+        """Return whether a worker's load is above a threshold.
+
+        A threshold does not count for a worker that does not say the size which it is a part of.
+        """
+        most_tokens = busy.active_prefill_tokens_threshold
+        if most_tokens is not None and load.prefill_tokens > most_tokens:
+            return True
+        capacity = self._cards.get(worker.instance_id)
+        most_steps = busy.active_prefill_tokens_threshold_frac
+        step_tokens = None if capacity is None else capacity.step_tokens
+        if most_steps is not None and step_tokens and load.prefill_tokens > most_steps * step_tokens:
+            return True
+        most_used = busy.active_decode_blocks_threshold
+        if most_used is None:
+            return False
+        total_blocks = None if capacity is None else capacity.total_blocks
+        reported = None if self._metrics is None else self._metrics.used_blocks(worker)
+        if reported is not None:
+            total_blocks = reported[1] or total_blocks
+        if total_blocks is None or total_blocks <= 0:
+            if self._metrics is None or self._metrics.has_listened:
+                self._cards.warn_of_no_size(worker.instance_id)
+            return False
+        return load.blocks / total_blocks > most_used
 
     def _ranks(self, members: Iterable[Member]) -> list[Worker]:
         """Return all ranks of these instances; one each where the card is not known."""

@@ -224,7 +224,7 @@ async def test_an_error_before_the_first_item_is_an_http_error(frontend: Any) ->
         (errors.DeadlineExceeded("too late"), 504),
         (errors.InvalidRequest("no such LoRA"), 400),
         (errors.PayloadTooLarge(size_bytes=9, limit_bytes=8), 413),
-        (errors.HandlerFailed("ValueError: boom"), 500),
+        (errors.HandlerFailed("ValueError: boom"), 502),
         (errors.ProtocolViolation("what?"), 502),
     ]
     for error, status in failures:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import DeadlineExceeded, NoInstances, Overloaded
-from dynamo_redis.router.base import CostWeights, Matched, RoutingRequest, Worker, WorkerLoad
+from dynamo_redis.router.base import BusyThresholds, CostWeights, Matched, RoutingRequest, Worker, WorkerLoad
 from dynamo_redis.router.choice.booking import Booking, BookingChooser
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.selector import Selector
@@ -37,7 +37,9 @@ class Crowd:
             if (among is None or worker.instance_id in among) and worker.instance_id not in excluded
         ]
 
-    def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
+    def without_busy(
+        self, workers: Sequence[Worker], book: LoadBook, busy: BusyThresholds | None
+    ) -> Sequence[Worker]:
         return [worker for worker in workers if worker not in self.busy]
 
 

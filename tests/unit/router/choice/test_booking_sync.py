@@ -99,7 +99,7 @@ class Router:
     def candidates(self, among: object, excluded: object) -> list[Worker]:
         return [WORKER]
 
-    def without_busy(self, workers: Any, book: LoadBook) -> Any:
+    def without_busy(self, workers: Any, book: LoadBook, busy: object) -> Any:
         return workers
 
     async def book_one(

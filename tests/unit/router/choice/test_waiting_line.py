@@ -199,3 +199,21 @@ async def test_live_ids_keep_their_line_when_they_change() -> None:
         lines.wake()
     assert door.passed == ["a", "c"]
     assert not lines._lines
+
+
+async def test_request_waits_no_longer_than_it_may() -> None:
+    line, door = WaitingLine(10, 0.05), Door()
+    with pytest.raises(Overloaded, match=r"busy for 0\.05 s") as caught:
+        await door.enter(line, "a")
+    assert caught.value.retry_after_s
+    with pytest.raises(DeadlineExceeded):
+        await door.enter(line, "b", within_s=0.01)
+    assert len(line) == 0
+
+
+async def test_request_that_may_not_wait_is_refused_at_once() -> None:
+    line, door = WaitingLine(10, 0.0), Door(1)
+    await door.enter(line, "a")
+    with pytest.raises(Overloaded, match="all workers are busy"):
+        await door.enter(line, "b")
+    assert (door.passed, len(line)) == (["a"], 0)

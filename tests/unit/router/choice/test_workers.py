@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.config import RouterSettings
 from dynamo_redis.events.block_hashes import pack_names
 from dynamo_redis.models.card import ModelCard, RuntimeConfig
 from dynamo_redis.names import EndpointName
-from dynamo_redis.router.base import Worker
+from dynamo_redis.router.base import BusyThresholds, Worker
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.load_metrics import STALE_AFTER_S, LoadMetrics
 from dynamo_redis.router.choice.workers import WorkerCards, Workers
@@ -38,7 +37,7 @@ class HeldClock:
 class Scene:
     """Workers as a view and model cards show them."""
 
-    def __init__(self, *, on_block_size: Callable[[int], None] | None = None, **settings: Any) -> None:
+    def __init__(self, *, on_block_size: Callable[[int], None] | None = None, **thresholds: Any) -> None:
         self.view = SimpleNamespace(
             candidates=self.members(1, 2), last_resorts=lambda: [self.members(8), self.members(9)]
         )
@@ -50,7 +49,8 @@ class Scene:
             MemoryEventStreams(), "dynamo", "backend", self.book, on_change=self.on_change, clock=self.clock
         )
         dispatcher: Any = SimpleNamespace(view=self.view)
-        self.workers = Workers(dispatcher, self.cards, self.metrics, RouterSettings.load(**settings))
+        self.workers = Workers(dispatcher, self.cards, self.metrics)
+        self.busy = BusyThresholds(**thresholds)
 
     @staticmethod
     def members(*ids: int) -> list[Any]:
@@ -84,7 +84,7 @@ class Scene:
         self.metrics.apply(batch.to_bytes())
 
     def is_busy(self) -> bool:
-        return not self.workers.without_busy([WORKER], self.book)
+        return not self.workers.without_busy([WORKER], self.book, self.busy)
 
 
 def test_every_rank_may_be_chosen_as_soon_as_its_card_is_known() -> None:
@@ -139,6 +139,40 @@ def test_a_worker_with_too_much_to_read_is_busy() -> None:
     assert scene.is_busy()
     scene.book.prefill_done("me", "r")
     assert not scene.is_busy()
+
+
+def test_tokens_to_read_are_measured_by_a_step() -> None:
+    scene = Scene(active_prefill_tokens_threshold_frac=1.5)
+    scene.book.add("me", "r", WORKER, prefill_tokens=151, blocks=10, deadline=1e12)
+    assert not scene.is_busy()  # the size of a step is not known
+    scene.card(1, max_num_batched_tokens=100)
+    assert scene.is_busy()
+    scene.card(1, max_num_batched_tokens=101)
+    assert not scene.is_busy()
+
+
+def test_thresholds_count_as_soon_as_they_change() -> None:
+    scene = Scene()
+    scene.book.add("me", "r", WORKER, prefill_tokens=1, blocks=1, deadline=1e12)
+    assert not scene.is_busy()
+    scene.busy.active_prefill_tokens_threshold = 0
+    assert scene.is_busy()
+    scene.busy.active_prefill_tokens_threshold = None
+    assert not scene.is_busy()
+
+
+async def test_worker_without_a_size_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(active_decode_blocks_threshold=0.5)
+    scene.metrics.start()
+    scene.card(1)
+    assert not scene.is_busy()
+    assert not caplog.messages  # it may still report its load
+    scene.clock.now += STALE_AFTER_S + 1
+    for _ in range(3):
+        assert not scene.is_busy()
+    assert [message for message in caplog.messages if "how many KV blocks it has" in message] != []
+    assert len(caplog.messages) == 1
+    await scene.metrics.aclose()
 
 
 @pytest.mark.parametrize("booked", [True, False])
