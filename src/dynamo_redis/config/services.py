@@ -19,6 +19,12 @@ def _check_redis_source(value: str) -> str:
     return value
 
 
+def _check_overload_status(value: int) -> int:
+    if value not in (429, 503, 529):
+        raise ValueError("must be 503, 529 or 429")
+    return value
+
+
 class RuntimeSettings(SettingsGroup):
     """Start, shutdown and log of a process."""
 
@@ -112,6 +118,11 @@ class FrontendSettings(SettingsGroup):
         1.0,
         "Longest time that a completion waits in that line; then the answer is 503. 0: at once.",
         unit="s",
+    )
+    overload_status: Annotated[int, AfterValidator(_check_overload_status)] = setting(
+        "DYN_HTTP_OVERLOAD_STATUS_CODE",
+        503,
+        "HTTP status of a request that is refused because of overload: 503; 529 as by Dynamo; or 429.",
     )
     receive_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_HTTP_RECEIVE_TIMEOUT_S",

@@ -152,6 +152,7 @@ class Completions:
     ) -> None:
         self._metrics = metrics
         self._admission = admission
+        self._overload_status = settings.overload_status
         self._kind: Kind = kind
         self._body = body
         self._models = models
@@ -197,7 +198,9 @@ class Completions:
             return
         except (TimeoutError, ApiError, DynamoRedisError) as exc:
             late = DeadlineExceeded("the request was not read and tokenized before its deadline")
-            error = api_error(late if isinstance(exc, TimeoutError) else exc)
+            error = api_error(late if isinstance(exc, TimeoutError) else exc).with_overload_as(
+                self._overload_status
+            )
             self._metrics.refuse(self._kind, error)
             if observation is not None:
                 observation.error_type = error_type(error)
@@ -290,7 +293,7 @@ class Completions:
         async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
             return await self._models.generate(model, request, context, excluded)
 
-        return Exchange(self._kind, frame, choices, generate, record)
+        return Exchange(self._kind, frame, choices, generate, record, self._overload_status)
 
 
 def describe_served(model: NamedModel, models: LiveModels) -> ServedModel:

@@ -93,14 +93,16 @@ class Exchange:
         choices: Sequence[CompletionChoice],
         generate: Generate,
         record: RequestRecord,
+        overload_status: int = 503,
     ) -> None:
         """`frame` holds the fields of every chunk and of the whole response: id, created, model. The exchange
-        ends the `record`."""
+        ends the `record`. `overload_status` is the HTTP status of a request for which there is no room."""
         self._kind: Kind = kind
         self._frame = frame
         self._choices = choices
         self._generate = generate
         self._record = record
+        self._overload_status = overload_status
         self._open = len(choices)
         self._error: ApiError | None = None
         self._hung_up = False
@@ -260,7 +262,8 @@ class Exchange:
             elif worker_lost(exc) or isinstance(exc, (EngineFailed, ProtocolViolation)):
                 _log_failure(choice, exc)
             if self._error is None:
-                self._error = worker_error(exc, self._frame["model"], begun=choice.begun)
+                error = worker_error(exc, self._frame["model"], begun=choice.begun)
+                self._error = error.with_overload_as(self._overload_status)
         finally:
             if (
                 not complete and self._error is None

@@ -220,6 +220,28 @@ async def test_requests_over_the_frontends_bound_wait_or_are_shed(deployment: De
     assert await total(frontend, "admission_queued_requests") == 0
 
 
+@pytest.mark.parametrize("status", [503, 529, 429])
+async def test_overload_has_the_status_of_the_settings(deployment: Deployment, status: int) -> None:
+    worker = await deployment.worker()
+    frontend = await deployment.frontend(
+        mode="kv", overload_status=status, active_prefill_tokens_threshold=100, **AT_ONCE
+    )
+    full = await deployment.frontend(
+        mode="kv", overload_status=status, max_http_in_flight_count=1, http_queue_wait_s=0
+    )
+    await until_served(frontend, full)
+    held = [await hold(frontend, worker)]
+    shed = [await post(frontend), await post(frontend, stream=True)]
+    held.append(post(full))
+    await until(lambda: worker.engine.request_count == 2)
+    shed.append(await post(full))
+    for answer in shed:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+    worker.engine.gate.set()
+    assert [(await answer).status_code for answer in held] == [200, 200]
+
+
 async def test_frontend_keeps_a_request_waiting_for_a_bounded_time(deployment: Deployment) -> None:
     worker = await deployment.worker()
     frontend = await deployment.frontend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Self
 
 from dynamo_redis import errors
 
@@ -37,6 +37,12 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+
+    def with_overload_as(self, status: int) -> Self:
+        """Set the status if the error is an overload; return the error."""
+        if self.code == errors.Overloaded.code:
+            self.status = status
+        return self
 
     def body(self) -> dict[str, Any]:
         """Return the body: `{"error": {…}}`."""
