@@ -200,7 +200,7 @@ async def test_failure_sets_the_status_of_all_parts(
     frontend = await deployment.frontend(mode="round_robin")
     await until_served(frontend)
     FailingEngine.failure = HandlerFailed("on purpose")
-    assert (await frontend.post("/v1/completions", json=PROMPT)).status_code == 500
+    assert (await frontend.post("/v1/completions", json=PROMPT)).status_code == 502
     for name in ("text_completion demo", "generate", WORKER, "engine"):
         span = await spans.one(name)
         assert span.status.status_code is StatusCode.ERROR, name
