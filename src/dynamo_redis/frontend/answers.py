@@ -21,6 +21,7 @@ longer than its card says."""
 
 _MOST_TOKENS: Final = 1 << 53
 _SHOWN_CHARS: Final = 200
+_LISTS: Final = (list, tuple)
 
 
 class AnswerDecoder:
@@ -72,11 +73,11 @@ class AnswerDecoder:
         if not isinstance(item, dict):
             raise ProtocolViolation(f"the worker answered with {type(item).__name__}, not with tokens")
         token_ids = item.get("token_ids") or ()
-        if type(token_ids) is not list and type(token_ids) is not tuple:
-            raise ProtocolViolation("the worker answered with 'token_ids' that are no list")
+        if type(token_ids) not in _LISTS or self.token_count + len(token_ids) > self._most_tokens:
+            raise ProtocolViolation(
+                f"the worker answered with 'token_ids' that are no list, or more than {self._most_tokens} tokens"
+            )
         self.token_count += len(token_ids)
-        if self.token_count > self._most_tokens:
-            raise ProtocolViolation(f"the worker answered with more than {self._most_tokens} tokens")
         try:
             text = self._detokenizer.feed(token_ids)
             if self.token_ids is not None:
@@ -85,7 +86,7 @@ class AnswerDecoder:
             raise ProtocolViolation(
                 "the worker answered with 'token_ids' that are no token ids of its model"
             ) from exc
-        if len(item) == 1 and self._stops is None:
+        if token_ids and len(item) == 1 and self._stops is None:
             return text
         if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
             self.cached_tokens = cached

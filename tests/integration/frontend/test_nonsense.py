@@ -160,6 +160,14 @@ async def test_answer_without_an_end_is_an_error(deployment: Deployment, is_stre
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
+async def test_end_may_come_without_tokens(deployment: Deployment, is_stream: bool) -> None:
+    url, engine = await serve(deployment)
+    engine.items = given(GOOD, {"finish_reason": "stop"})
+    status, text, error = await ask(url, is_stream=is_stream)
+    assert (status, bool(text), error) == (200, True, {})
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
 async def test_items_after_the_end_are_left_out(deployment: Deployment, is_stream: bool) -> None:
     url, engine = await serve(deployment)
     engine.items = given(GOOD, END)
