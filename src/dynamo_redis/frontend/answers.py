@@ -75,7 +75,7 @@ class AnswerDecoder:
         token_ids = item.get("token_ids") or ()
         if type(token_ids) not in _LISTS or self.token_count + len(token_ids) > self._most_tokens:
             raise ProtocolViolation(
-                f"the worker answered with 'token_ids' that are no list, or more than {self._most_tokens} tokens"
+                f"the worker's 'token_ids' are no list, or the answer has over {self._most_tokens} tokens"
             )
         self.token_count += len(token_ids)
         try:
