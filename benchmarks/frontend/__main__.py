@@ -7,6 +7,7 @@ F4  200 answers, a token each 20 ms: CPU time of a token in the frontend, agains
 F5  the same in all processes, against Dynamo
 F6  time to the first token without other load (`latency`)
 F7  longest pause of the event loop under long prompts
+F8  CPU time a request, two frontend processes on one port against one (`two_processes`)
 F9  pause of an answer whose worker is killed (`kills`)
 F10 requests/s in front of HTTP engines, against gateways written in Rust (`gateways`)
 
@@ -22,6 +23,7 @@ from benchmarks.frontend.latency import first_tokens, pauses
 from benchmarks.frontend.prompts import NoTokenizer, tokenizer_source
 from benchmarks.frontend.sides import DYNAMO_FRONTEND, FASTAPI_NEEDS
 from benchmarks.harness.suite import Bounds, Groups, run_suite
+from benchmarks.frontend.two_processes import two_against_one
 
 BOUNDS: Bounds = {
     "F1": (
@@ -35,6 +37,7 @@ BOUNDS: Bounds = {
     "F5": ("paced 20 ms a token, 200 streams: CPU a token of all processes ÷ Dynamo's", 1.0, 0.6),
     "F6": ("time to first token p50 unloaded, ms: 200-token prompt; 12k-token prompt", [4, 12], [2, 6]),
     "F7": ("worst pause of the event loop under 12k-token prompts, ms", 20, 5),
+    "F8": ("CPU a request, two frontend processes on one port ÷ one", 1.1, 1.03),
     "F9": ("worker killed mid-answer, migration on: added pause p99, ms", 300, 50),
     "F10": (
         (
@@ -54,6 +57,7 @@ GROUPS: Groups = (
     (("F5",), paced.against_dynamo),
     (("F6",), first_tokens),
     (("F7",), pauses),
+    (("F8",), two_against_one),
     (("F9",), kills),
     (("F10",), against_gateways),
 )

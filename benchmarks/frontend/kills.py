@@ -1,10 +1,10 @@
 """F9: the pause that a client sees when the worker of its answer is killed.
 
-Three mock workers, a token each 10 ms. Eight answers are under way when a worker is killed (kill -9), at a
-random moment; each must be complete in the end. The figure is the longest pause between two pieces of an
-answer that was moved, less the usual one of this answer. Answers of other workers do not count: as many
-count as the frontend says were moved, those with the longest pauses. A new worker replaces the killed one
-before the next kill.
+Three mock workers, a token each 10 ms. Six answers are under way, two at each worker, when a worker is killed
+(kill -9), at a random moment; each must be complete in the end. The figure is the longest pause between two
+pieces of an answer that was moved, less the usual one of this answer. Answers of other workers do not count:
+as many count as the frontend says were moved, those with the longest pauses. A new worker replaces the killed
+one before the next kill.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.harness.report import Measured
 KILLS: Final = 20
 """Kills in a round: a hundred in five rounds."""
 WORKERS: Final = 3
-ANSWERS: Final = 8
+ANSWERS: Final = 6
 TOKENS: Final = 100
 PACE: Final = ("--speedup-ratio", "1", "--decode-step", "10ms", "--decode-sequence", "0")
 KILL_AFTER_S: Final = (0.2, 0.7)
