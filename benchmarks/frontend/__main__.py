@@ -22,8 +22,8 @@ from benchmarks.frontend.kills import kills
 from benchmarks.frontend.latency import first_tokens, pauses
 from benchmarks.frontend.prompts import NoTokenizer, tokenizer_source
 from benchmarks.frontend.sides import DYNAMO_FRONTEND, FASTAPI_NEEDS
-from benchmarks.harness.suite import Bounds, Groups, run_suite
 from benchmarks.frontend.two_processes import two_against_one
+from benchmarks.harness.suite import Bounds, Groups, run_suite
 
 BOUNDS: Bounds = {
     "F1": (

@@ -34,6 +34,8 @@ ANSWERS: Final = 6
 TOKENS: Final = 100
 PACE: Final = ("--speedup-ratio", "1", "--decode-step", "10ms", "--decode-sequence", "0")
 KILL_AFTER_S: Final = (0.2, 0.7)
+LEASE_TTL: Final = "3s"
+"""The killed worker is gone from the list after this time; the migration does not wait for it."""
 ANSWER_S: Final = 30.0
 
 _MIGRATIONS: Final = re.compile(
@@ -89,6 +91,7 @@ def kills(rounds: int) -> dict[str, Measured]:
     with ExitStack() as stack:
         model = stack.enter_context(model_directory())
         workers = stack.enter_context(our_redis(model))
+        workers.environment["DYN_LEASE_TTL_S"] = LEASE_TTL
 
         def start() -> None:
             workers.pids.append(stack.enter_context(our_worker(workers, "mock", model, *PACE)))
