@@ -309,10 +309,9 @@ class OpenAIEngine:
         self._unanswered.add(completion)
         try:
             async with aclosing(completion.events()) as events:
-                async for data in events:
+                async for arrived in events:
                     self._unanswered.discard(completion)
-                    item = reader.feed(data)
-                    if item is not None:
+                    for item in reader.items(arrived):
                         yield item
             yield reader.finish()
             if reader.aborted:

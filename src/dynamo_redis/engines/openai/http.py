@@ -138,8 +138,8 @@ class Completion:
         if not self._opening.cancel() and not self._opening.cancelled() and not self._opening.exception():
             self._opening.result().close()
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the data of the completion's events, `DONE` as the last.
+    async def events(self) -> AsyncGenerator[list[bytes], None]:
+        """Yield the data of the completion's events, in the pieces in which they arrive; `DONE` is the last.
 
         Raises Draining if the server does not answer, the error of its HTTP status, ConnectionLost if the
         answer breaks off, or the reason of `close`.
@@ -154,18 +154,18 @@ class Completion:
                         explanation = await _content(response, _ERROR_BYTES)
                 raise refusal(response.status, explanation, response.headers.get("Retry-After"))
             if response.content_type == "application/json":  # a server that does not stream
-                yield await _content(response, _ANSWER_BYTES)
-                yield DONE
+                yield [await _content(response, _ANSWER_BYTES), DONE]
                 return
             while content := await response.content.readany():
-                for data in reader.feed(content):
-                    if data == DONE:
-                        await _read_to_end(response)
-                        yield data
-                        return
-                    yield data
-            for data in reader.feed(b"\n"):  # a last line that the server did not end
-                yield data
+                events = list(reader.feed(content))
+                if DONE not in events:
+                    yield events
+                    continue
+                yield events[: events.index(DONE)]
+                await _read_to_end(response)
+                yield [DONE]
+                return
+            yield list(reader.feed(b"\n"))  # a last line that the server did not end
         except asyncio.CancelledError:
             if self._closed is not None and self._opening.cancelled():
                 raise self._closed from None

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
+
+from pydantic_core import from_json
 
 from dynamo_redis.errors import (
     ConnectionLost,
@@ -165,6 +167,20 @@ class TextTokens:
         return ids
 
 
+def _parse(data: bytes) -> Any:
+    """Return the JSON value of an event. Raises ProtocolViolation.
+
+    Pydantic's parser takes a third of the time, and no lone surrogates, which some engines send.
+    """
+    try:
+        return from_json(data)
+    except ValueError:
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolViolation(f"the engine sent an event that is not JSON: {exc}") from exc
+
+
 class CompletionReader:
     """The parser of one streamed completion: events in, items out.
 
@@ -189,6 +205,13 @@ class CompletionReader:
         self.aborted = False
         """True if the engine aborted the answer after it had begun."""
 
+    def items(self, events: Iterable[bytes]) -> Iterator[GenerateItem]:
+        """Yield the items of events. Raises as `feed`."""
+        for data in events:
+            item = self.feed(data)
+            if item is not None:
+                yield item
+
     def feed(self, data: bytes) -> GenerateItem | None:
         """Return the item of an event; None if it has none.
 
@@ -197,10 +220,7 @@ class CompletionReader:
         if data == DONE:
             self._done = True
             return None
-        try:
-            event = json.loads(data)
-        except (ValueError, RecursionError) as exc:
-            raise ProtocolViolation(f"the engine sent an event that is not JSON: {exc}") from exc
+        event = _parse(data)
         if not isinstance(event, dict):
             raise ProtocolViolation("the engine sent an event that is not an object")
         if event.get("error"):

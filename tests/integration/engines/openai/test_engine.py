@@ -432,7 +432,8 @@ async def test_answer_ends_with_done(way: str) -> None:
     completion = http.complete({"prompt": "x"}, {})
     try:
         async with asyncio.timeout(20):
-            assert len([data async for data in completion.events()]) == 2
+            events = [data async for arrived in completion.events() for data in arrived]
+        assert len(events) == 2
     finally:
         over.set()
         completion.close()

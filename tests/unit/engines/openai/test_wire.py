@@ -295,3 +295,9 @@ def test_unknown_model_is_no_invalid_request() -> None:
     assert isinstance(error, UnknownModel)
     assert not isinstance(error, InvalidRequest)
     assert error.retryable
+
+
+def test_events_with_lone_surrogates_are_read() -> None:
+    reader = CompletionReader(BYTE_LEVEL, frozenset())
+    [item] = reader.items([rb'{"choices": [{"text": "\ud83d", "token_ids": [7]}]}'])
+    assert item == {"token_ids": [7]}
