@@ -243,3 +243,26 @@ async def test_sampling_is_decided_once_for_all_parts(
     assert (await frontend.post("/v1/completions", json=PROMPT)).status_code == 200
     assert worker.engine.request_count == 1
     assert not exporter.get_finished_spans()
+
+
+async def test_call_of_a_handler_is_below_its_span(deployment: Deployment, spans: Spans) -> None:
+    runtime = await deployment.open_runtime()
+
+    async def decode(request: int) -> AsyncGenerator[int]:
+        yield request
+
+    async def prefill(request: int, context: Context) -> AsyncGenerator[int]:
+        async for item in await client.generate(request, annotated=False, context=context):
+            yield item
+
+    await runtime.endpoint("dynamo.inner.decode").start_serving(decode)
+    await runtime.endpoint("dynamo.outer.prefill").start_serving(prefill)
+    client = await runtime.endpoint("dynamo.inner.decode").client()
+    caller = await runtime.endpoint("dynamo.outer.prefill").client()
+    await client.wait_for_instances()
+    await caller.wait_for_instances()
+    context = Context("mine", traceparent=TRACEPARENT)
+    assert [item async for item in await caller.generate(7, annotated=False, context=context)] == [7]
+    outer, inner = await spans.one("dynamo.outer.prefill"), await spans.one("dynamo.inner.decode")
+    assert parent_of(inner) == id_of(outer)
+    assert f"{parent_of(outer):016x}" == "00f067aa0ba902b7"
