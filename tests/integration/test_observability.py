@@ -22,7 +22,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_redis.child import ChildProcess
-from dynamo_redis.errors import ConnectionLost, HandlerFailed
+from dynamo_redis.errors import ConnectionLost, HandlerFailed, Overloaded
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from tests import routed_deployment
@@ -178,7 +178,7 @@ async def addresses_of(deployment: Deployment) -> list[str]:
     frontend = await deployment.frontend(migration_limit=1)
     await until_served(frontend, instances=2)
     assert (await frontend.post("/v1/completions", json=PROMPT)).status_code == 200
-    for failure in (HandlerFailed("on purpose"), ConnectionLost("on purpose")):
+    for failure in (HandlerFailed("no"), Overloaded("no"), ConnectionLost("no")):
         FailingEngine.failure = failure
         await frontend.post("/v1/completions", json=PROMPT)
     assert (await frontend.post("/v1/completions", json={**PROMPT, "model": "no"})).status_code == 404

@@ -40,6 +40,25 @@ def router_families(state: RouterState, hit_rates: HistogramReading) -> list[Fam
         "dynamo_endpoint": workers.endpoint,
         "router_id": state.router_id,
     }
+    found = [
+        Family("dynamo_component_router_requests_total", "counter", "Choices of a worker; retries count").add(
+            state.counts.request_count, labels
+        ),
+        _family("active_requests", "gauge", "Requests under way").add(state.active_count, labels),
+        _family("waiting_requests", "gauge", "Requests that wait while all workers are busy").add(
+            state.waiting_count, labels
+        ),
+        *_worker_families(state, labels),
+    ]
+    if state.mode != "load":  # that one knows no blocks
+        found += [*_cache_families(state, hit_rates, labels), *_index_families(state.index, labels)]
+    return found
+
+
+def _cache_families(
+    state: RouterState, hit_rates: HistogramReading, labels: Mapping[str, str]
+) -> list[Family]:
+    """Return the figures of the prompts that were found in caches."""
     counts = state.counts
     expected = Family(
         "dynamo_component_router_kv_hit_rate", "histogram", "Expected part of a prompt in the chosen cache"
@@ -47,24 +66,15 @@ def router_families(state: RouterState, hit_rates: HistogramReading) -> list[Fam
     expected.add_histogram(hit_rates, labels)
     return [
         expected,
-        Family("dynamo_component_router_requests_total", "counter", "Choices of a worker; retries count").add(
-            counts.request_count, labels
-        ),
         _family("prompt_tokens_total", "counter", "Tokens of prompts that were answered").add(
             counts.prompt_tokens, labels
         ),
         _family("cached_tokens_total", "counter", "Prompt tokens that the workers had in their caches").add(
             counts.cached_tokens, labels
         ),
-        _family(
-            "expected_tokens_total", "counter", "Prompt tokens that the router expected in their caches"
-        ).add(counts.expected_tokens, labels),
-        _family("active_requests", "gauge", "Requests under way").add(state.active_count, labels),
-        _family("waiting_requests", "gauge", "Requests that wait while all workers are busy").add(
-            state.waiting_count, labels
+        _family("expected_tokens_total", "counter", "Prompt tokens expected in the workers' caches").add(
+            counts.expected_tokens, labels
         ),
-        *_index_families(state.index, labels),
-        *_worker_families(state, labels),
     ]
 
 
@@ -97,7 +107,8 @@ def _worker_families(state: RouterState, labels: Mapping[str, str]) -> list[Fami
             "worker_id": format_instance_id(worker["instance_id"]),
             "dp_rank": str(worker["dp_rank"]),
         }
-        cached.add(worker["cached_blocks"], own)
+        if state.mode != "load":
+            cached.add(worker["cached_blocks"], own)
         requests.add(worker["request_count"], own)
         blocks.add(worker["blocks"], own)
         tokens.add(worker["prefill_tokens"], own)
