@@ -58,6 +58,13 @@ class ScriptedStream:
             raise step
         return step
 
+    def take_ready(self) -> list[Any]:
+        """Return the items before the next error or wait."""
+        ready = []
+        while self._script and self._script[0] is not None and not isinstance(self._script[0], Exception):
+            ready.append(self._script.popleft())
+        return ready
+
     @property
     def is_over(self) -> bool:
         return not self._script and not self._failed.done()
