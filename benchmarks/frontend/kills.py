@@ -34,7 +34,7 @@ ANSWERS: Final = 6
 TOKENS: Final = 100
 PACE: Final = ("--speedup-ratio", "1", "--decode-step", "10ms", "--decode-sequence", "0")
 KILL_AFTER_S: Final = (0.2, 0.7)
-LEASE_TTL: Final = "3s"
+LEASE_TTL: Final = "5s"
 """The killed worker is gone from the list after this time; the migration does not wait for it."""
 ANSWER_S: Final = 30.0
 

@@ -115,7 +115,7 @@ class Side:
         )
 
     def _cpu_s(self) -> dict[str, float]:
-        return {name: sum(map(_tree_cpu_s, processes)) for name, processes in self._groups.items()}
+        return {name: sum(map(tree_cpu_s, processes)) for name, processes in self._groups.items()}
 
 
 def _expect(caller: Driver, word: str) -> None:
@@ -123,7 +123,7 @@ def _expect(caller: Driver, word: str) -> None:
         raise RuntimeError(f"the caller said {line!r} instead of {word!r}")
 
 
-def _tree_cpu_s(process: psutil.Process) -> float:
+def tree_cpu_s(process: psutil.Process) -> float:
     """Return the user and system time of a process, of its children that live, and of those that have
     ended."""
     total = 0.0
