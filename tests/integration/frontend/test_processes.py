@@ -90,15 +90,29 @@ async def test_killed_process_is_started_again(programs: Programs) -> None:
         os.kill(first, signal.SIGKILL)
         await frontend.until(rf"process {first} was killed by SIGKILL", in_err=True)
         assert first not in (await http.get(f"{system}/health")).json()["processes"]
-        for _ in range(20):  # all go to the other process
-            async with httpx.AsyncClient() as fresh:
-                assert (await fresh.get(f"{url}/live")).status_code == 200
         pids = await until_serving(url, 2, without=[first])
         assert second in pids
         async with asyncio.timeout(WITHIN_S):
             while (await http.get(f"{system}/health")).status_code != 200:
                 await asyncio.sleep(0.02)
         assert f'pid="{second}"' in (await http.get(f"{system}/metrics")).text
+
+
+async def test_dead_process_gets_no_connections(programs: Programs) -> None:
+    """Its successors cannot start for some time, so all connections go to the other process."""
+    frontend = programs.frontend("--frontend-processes", "2")
+    url = await frontend.url()
+    children = frontend.children()
+    first = min(children)
+    [siblings] = siblings_of(children[first].cmdline())
+    aside = siblings.rename(siblings.with_suffix(".aside"))
+    os.kill(first, signal.SIGKILL)
+    await frontend.until(rf"process {first} was killed by SIGKILL", in_err=True)
+    for _ in range(30):
+        async with httpx.AsyncClient(timeout=WITHIN_S / 2) as fresh:
+            assert (await fresh.get(f"{url}/live")).status_code == 200
+    aside.rename(siblings)
+    await until_serving(url, 2, without=[first])
 
 
 async def test_killed_parent_leaves_no_process(programs: Programs, deployment: Deployment) -> None:
@@ -154,9 +168,11 @@ async def test_second_signal_ends_all_at_once(programs: Programs, deployment: De
     children = frontend.children()
     async with (
         httpx.AsyncClient(timeout=WITHIN_S) as http,
-        http.stream("POST", f"{url}/v1/chat/completions", json={**LONG, "max_tokens": 100_000}) as response,
+        http.stream("POST", f"{url}/v1/chat/completions", json={**LONG, "max_tokens": 20_000}) as response,
     ):
-        await anext(response.aiter_lines())
+        assert response.status_code == 200
+        lines = response.aiter_lines()  # without this name it would hang up
+        await anext(lines)
         frontend.send(signal.SIGTERM)
         await frontend.until("SIGTERM: the frontend processes drain", in_err=True)
         frontend.send(signal.SIGTERM)

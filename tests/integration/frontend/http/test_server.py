@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.frontend.http import protocol, server
+from dynamo_redis.frontend.http import port, protocol, server
 from dynamo_redis.frontend.http.port import SharedPort, bind, url_of
 from dynamo_redis.frontend.http.server import model_cache
 
@@ -189,9 +189,9 @@ async def until_refused(url: str) -> None:
 
 def test_shared_port_is_reserved() -> None:
     """Neither another such port nor a single socket can have it, also while no process listens."""
-    port = SharedPort("127.0.0.1", 0)
-    number = int(port.url.rpartition(":")[2])
-    sockets = [port.open() for _ in range(3)]
+    shared = SharedPort("127.0.0.1", 0)
+    number = int(shared.url.rpartition(":")[2])
+    sockets = [shared.open() for _ in range(3)]
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"port {number} is in use"):
             SharedPort("127.0.0.1", number)
@@ -199,8 +199,20 @@ def test_shared_port_is_reserved() -> None:
             bind("127.0.0.1", number)
         for listener in sockets:
             listener.close()
-    port.close()
+    shared.close()
     SharedPort("127.0.0.1", number).close()
+
+
+def test_two_shared_ports_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have bound the port before one of them listens."""
+    first = bind("127.0.0.1", 0)
+    number = first.getsockname()[1]
+    both = iter([first, bind("127.0.0.1", number)])
+    monkeypatch.setattr(port, "bind", lambda *_: next(both))
+    shared = SharedPort("127.0.0.1", number)
+    with pytest.raises(ConfigError, match="is in use"):
+        SharedPort("127.0.0.1", number)
+    shared.close()
 
 
 def test_shared_port_refuses_a_port_in_use() -> None:
