@@ -32,7 +32,10 @@ def programs(tmp_path: Path, dynamo_redis_url: str, dynamo_redis_prefix: str) ->
 
 
 async def test_workers_are_replaced_without_loss(programs: Programs, tmp_path: Path) -> None:
-    """No request that is made after a worker's leaving was seen reaches that worker, be it to be refused."""
+    """No request that is made after a worker's leaving was seen reaches that worker, be it to be refused.
+
+    Long answers keep each worker at its drain meanwhile.
+    """
     workers: list[tuple[Program, Path]] = []
 
     def start_worker() -> None:
@@ -43,21 +46,26 @@ async def test_workers_are_replaced_without_loss(programs: Programs, tmp_path: P
     start_worker()
     url = await programs.frontend().url()
     await until_instances(url, 2)
-    load = Load(url)
+    load, slow = Load(url), Load(url, max_tokens=600)
     async with load.running(), httpx.AsyncClient(timeout=WITHIN_S) as http:
         for replaced in range(3):
             await load.until_answered(10)
             start_worker()
             await until_instances(url, 3)
             old, notes = workers[replaced]
-            assert notes.read_text().strip()
+            long = [f"long-{replaced}-{number}" for number in range(6)]
+            answers = [asyncio.create_task(slow.chat(http, request_id)) for request_id in long]
+            async with asyncio.timeout(WITHIN_S):
+                while set(long).isdisjoint(notes.read_text().split()):
+                    await asyncio.sleep(0.01)
             old.send(signal.SIGTERM)
             await until_instances(url, 2)
-            late = [f"late-{replaced}-{number}" for number in range(8)]
+            late = [f"late-{replaced}-{number}" for number in range(24)]
             await asyncio.gather(*(load.chat(http, request_id) for request_id in late))
+            await asyncio.gather(*answers)
             assert await old.ended() == 0
-            assert not set(late) & set(notes.read_text().split())
-    assert load.failures == []
+            assert set(late).isdisjoint(notes.read_text().split())
+    assert load.failures == slow.failures == []
 
 
 async def test_frontends_are_replaced_without_loss(programs: Programs, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ admit = ServerConnection._on_open
 def note(self: ServerConnection, received: list[Any]) -> None:
     headers = received[4]
     if type(headers) is dict:
-        os.write(notes, f"{context_of(headers).id}\n".encode())
+        os.write(notes, f"{context_of(headers).id()}\n".encode())
     admit(self, received)
 
 
