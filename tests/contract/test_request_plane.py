@@ -233,6 +233,28 @@ async def test_items_come_as_they_are_made(deployed: Deployment) -> None:
     assert [item async for item in stream] == [2]
 
 
+async def test_ready_items_are_those_that_have_come(deployed: Deployment) -> None:
+    """Over twice the window, so an answer whose items are all taken this way gets new credit; large items
+    among them, whose room is given back."""
+    window_count = deployed.settings.channel_buffer_count
+    count, large = 5 * window_count, bytes(range(256)) * 1024
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[Any]:
+        for number in range(count):
+            yield large if number % window_count == 3 else number
+
+    stream = deployed.open(deployed.serve(handler))
+    assert stream.take_ready() == []
+    received: list[Any] = []
+    with suppress(StopAsyncIteration):
+        while True:
+            received.append(await anext(stream))
+            received += stream.take_ready()
+    assert received == [large if number % window_count == 3 else number for number in range(count)]
+    assert stream.is_over
+    assert stream.take_ready() == []
+
+
 async def test_handler_may_change_an_item_after_it_yielded_it(deployed: Deployment) -> None:
     async def handler(_: Any, __: Context) -> AsyncIterator[dict[str, int]]:
         item = {"n": 0}

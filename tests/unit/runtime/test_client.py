@@ -60,6 +60,22 @@ async def test_falsy_items_and_requests_arrive(bench: Bench) -> None:
     assert bench.plane.opened == [(1, None)]
 
 
+async def test_next_items_are_all_that_have_come(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = ["a", "b", ConnectionLost("gone")]
+    call = await bench.client.round_robin(None, annotated=False)
+    assert await call.next_items() == ["a", "b"]
+    assert not call.is_over
+    with pytest.raises(ConnectionLost):
+        await call.next_items()
+    assert await call.next_items() == []
+    bench.plane.scripts[1] = ["a", "b"]
+    annotated = await bench.client.round_robin(None)
+    assert [item.data() for item in await annotated.next_items()] == ["a", "b"]
+    assert annotated.is_over
+    assert await annotated.next_items() == []
+
+
 async def test_missing_instance_is_an_error_at_once(bench: Bench) -> None:
     with pytest.raises(NoInstances, match=r"dynamo\.backend\.generate"):
         await bench.client.generate("q")
