@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -92,8 +93,14 @@ class Programs:
     def __init__(self, directory: Path, redis_url: str, prefix: str) -> None:
         self._directory = directory
         self._running: list[Program] = []
+        self._temporary = TemporaryDirectory()  # programs that are killed leave files there
         self._env = child_environment(
-            {"DYN_REDIS_URL": redis_url, "DYN_REDIS_PREFIX": prefix, "DYN_HTTP_HOST": "127.0.0.1"}
+            {
+                "DYN_REDIS_URL": redis_url,
+                "DYN_REDIS_PREFIX": prefix,
+                "DYN_HTTP_HOST": "127.0.0.1",
+                "TMPDIR": self._temporary.name,
+            }
         )
 
     def frontend(self, *arguments: str, **env: str) -> Program:
@@ -111,6 +118,7 @@ class Programs:
     def kill(self) -> None:
         for program in self._running:
             program.kill()
+        self._temporary.cleanup()
 
 
 class Load:

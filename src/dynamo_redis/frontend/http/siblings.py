@@ -31,6 +31,7 @@ _REQUEST: Final = b"GET /metrics HTTP/1.0\r\nHost: sibling\r\n\r\n"
 def sibling_socket(directory: Path) -> Iterator[socket.socket]:
     """Yield this process's own socket in the directory, bound. It is removed afterwards."""
     path = directory / str(os.getpid())
+    path.unlink(missing_ok=True)  # of a process that was killed, whose id came again
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.setblocking(False)
