@@ -139,7 +139,13 @@ async def deployment(
     async with AsyncExitStack() as ending:
 
         async def open_runtime(**overrides: Any) -> DistributedRuntime:
-            given = {"redis_url": dynamo_redis_url, "prefix": dynamo_redis_prefix, "drain_s": 1, **overrides}
+            given: dict[str, Any] = {
+                "redis_url": dynamo_redis_url,
+                "prefix": dynamo_redis_prefix,
+                "drain_s": 1,
+            }
+            given["command_timeout_s"] = 15  # all services share this process, on a machine that may be busy
+            given |= overrides
             return await ending.enter_async_context(DistributedRuntime(settings=Settings.load(**given)))
 
         async with AsyncExitStack() as closing:

@@ -43,14 +43,14 @@ async def test_missing_worker_aborts_the_barrier(open_runtime: OpenRuntime) -> N
     leader, worker = await open_runtime(), await open_runtime()
     waiting = asyncio.create_task(WorkerBarrier("group", "a", 10).sync(worker.registry))
     with pytest.raises(BarrierError, match="1 of 2 workers"):
-        await LeaderBarrier("group", 2, 0.3).sync(leader.registry, DATA)
+        await LeaderBarrier("group", 2, 2.0).sync(leader.registry, DATA)
     with pytest.raises(BarrierError, match=r"aborted.*1 of 2"):
         await waiting
 
 
 async def test_worker_that_gives_up_is_not_counted(open_runtime: OpenRuntime) -> None:
     leader, worker = await open_runtime(), await open_runtime()
-    leading = asyncio.create_task(LeaderBarrier("group", 2, 1.0).sync(leader.registry, DATA))
+    leading = asyncio.create_task(LeaderBarrier("group", 2, 3.0).sync(leader.registry, DATA))
     with pytest.raises(BarrierError, match="not complete within"):
         await WorkerBarrier("group", "a", 0.3).sync(worker.registry)
     with pytest.raises(BarrierError, match="0 of 2"):

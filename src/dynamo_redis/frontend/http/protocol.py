@@ -39,7 +39,7 @@ FIRST_PROBE_S = 0.05
 LONGEST_PROBE_S = 5.0
 """First and longest pause between probes of a client that sends nothing more; each is twice the last."""
 
-DRAIN_IDLE_S = 1
+DRAIN_IDLE_S = 2
 """Seconds that a connection has for its next request once the server drains. Clients cannot know that their
 connection is about to be closed, and a request that crosses the close is lost. With the answer to this next
 request they are told."""
