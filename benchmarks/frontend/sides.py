@@ -48,6 +48,7 @@ WORKERS: Final = 2
 STEP_APART: Final = "1000000"
 """The speed-up of the mock engines on both sides at which a step takes no time, but is a step."""
 READY_S: Final = 90.0
+_RESTING_SHARE: Final = 0.1
 CALLER: Final = "frontend.caller"
 
 
@@ -97,6 +98,12 @@ class Side:
         """Return the ids of a group's processes, without their children."""
         return [process.pid for process in self._groups[group]]
 
+    def busy_share(self, seconds: float) -> float:
+        """Return the CPU time that the frontend takes for some seconds, as a part of them."""
+        before = self._cpu_s()["frontend"]
+        time.sleep(seconds)
+        return (self._cpu_s()["frontend"] - before) / seconds
+
     def measure(self, caller: Driver, load: Load) -> Figures:
         """Put a load on. Raises RuntimeError if a chat fails."""
         caller.send(load.as_line())
@@ -144,9 +151,14 @@ def callers(model: Path, seed: int = 1) -> Iterator[Driver]:
 
 
 def await_model(side: Side) -> None:
-    """Wait until the deployment serves the model. Raises RuntimeError."""
+    """Wait until the deployment serves the model, and has ended the work of its start: a frontend of ours
+    loads its faster tokenizer when it serves already. Raises RuntimeError."""
     if (name := first_model(side.url, READY_S)) != MODEL:
         raise RuntimeError(f"the deployment serves {name!r}")
+    deadline = time.monotonic() + READY_S
+    while (busy := side.busy_share(1.0)) > _RESTING_SHARE:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{side.url} takes {busy:.0%} of a core {READY_S:g} s after its start")
 
 
 # --------------------------------------------------------------------------- our deployment
