@@ -39,21 +39,16 @@ def alternate(
 
 
 def against_dynamo(rounds: int) -> dict[str, Measured]:
-    """Measure F1 in requests/s, and F2 in ms of CPU a request.
-
-    Dynamo's frontend uses both cores, and so does ours, with two processes. The run prints the figures of one
-    process, too."""
+    """Measure F1 in requests/s, and F2 in ms of CPU a request."""
     speed = ("--speedup-ratio", STEP_APART)
     with (
         model_directory() as model,
         callers(model) as caller,
         our_workers(model, *speed) as workers,
-        our_frontend(workers, "--frontend-processes", "2") as mine,
-        our_frontend(workers) as single,
+        our_frontend(workers) as mine,
         dynamo(model, *speed) as rival,
     ):
-        sides = {"ours": mine, "Dynamo": rival, "ours, one process": single}
-        taken = alternate("F1", rounds, caller, {}, sides)
+        taken = alternate("F1", rounds, caller, {}, {"ours": mine, "Dynamo": rival})
     one, other = taken["ours"], taken["Dynamo"]
     ours_cpu, rival_cpu = ([each.cpu_ms() for each in figures] for figures in (one, other))
     return {
