@@ -50,7 +50,7 @@ GROUPS: Final = (
     ("template: asking for it", r"dynamo_redis/(templates/|models/chat_template|jobs/)"),
     ("tokenize", r"\b(encode|tokenize)\b.* \(dynamo_redis/frontend/|dynamo_redis/frontend/tokenizing"),
     ("detokenize", r"dynamo_redis/frontend/(tokens|answers)"),
-    ("SSE and its writes to sockets", r"EventResponse\.|dynamo_redis/frontend/http/sse"),
+    ("SSE and its writes to sockets", r"EventResponse\.|dynamo_redis/frontend/(http/sse|forms/)"),
     ("plane", r"dynamo_redis/(planes|wire|runtime|router)/"),
     ("HTTP", r"dynamo_redis/frontend/http/"),
     ("rest of the frontend", r"dynamo_redis/frontend/"),

@@ -14,29 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
 from typing import Any
 
 from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
-from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.frontend.choices import CompletionChoice, Part, Usage
+from dynamo_redis.frontend.forms.base import ResponseForm
 from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_lost
-from dynamo_redis.frontend.http.sse import DONE, ChunkEncoder, Kind, event
+from dynamo_redis.frontend.http.responses import EventResponse, Receive, Send, send_json
 from dynamo_redis.frontend.metrics.recording import RequestRecord
-from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.frontend.model import Answer, Generate
-from dynamo_redis.models.llm_protocol import GenerateRequest
-from dynamo_redis.planes.context import Context
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.runtime.tracing import Span
 
 log = logging.getLogger(__name__)
-
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
 
 _WHOLE_TRIES = 3
 """Most workers that are tried, one after another, for an answer that is sent whole."""
@@ -47,40 +40,8 @@ _END_GRACE_S = 1.0
 _MOST_LATE_ITEMS = 16
 """Most items of an answer that are read after the one with the finish reason."""
 
-Deliver = Callable[["CompletionChoice", list[str]], Awaitable[None]]
-"""Takes the texts of a choice's next items, and its finish reason if the last one has it."""
-
-
-class CompletionChoice:
-    """One choice of a completion: its request, and the part of the answer that has arrived."""
-
-    __slots__ = ("answer", "begun", "context", "index", "item_at", "migration", "pieces", "request")
-
-    def __init__(
-        self,
-        index: int,
-        request: GenerateRequest,
-        answer: AnswerDecoder,
-        context: Context,
-        migration: Migration | None = None,
-    ) -> None:
-        """`migration` has the answer go on at another worker if its worker is lost; None: it ends then."""
-        self.index = index
-        self.request = request
-        self.answer = answer
-        self.context = context
-        self.migration = migration
-        self.begun = False
-        """True once part of the answer has arrived."""
-        self.item_at = 0.0
-        """The time of its last item, on `time.perf_counter`."""
-        self.pieces: list[str] = []
-
-    def restart(self) -> None:
-        """Forget the answer so far: another worker answers from the beginning."""
-        self.begun = False
-        self.pieces.clear()
-        self.answer.restart()
+Deliver = Callable[[CompletionChoice, Sequence[Part]], Awaitable[None]]
+"""Takes the next parts of a choice's answer, which is over if it has a finish reason."""
 
 
 class Exchange:
@@ -88,17 +49,15 @@ class Exchange:
 
     def __init__(
         self,
-        kind: Kind,
-        frame: dict[str, Any],
+        form: ResponseForm,
         choices: Sequence[CompletionChoice],
         generate: Generate,
         record: RequestRecord,
         overload_status: int = 503,
     ) -> None:
-        """`frame` holds the fields of every chunk and of the whole response: id, created, model. The exchange
-        ends the `record`. `overload_status` is the HTTP status of a request for which there is no room."""
-        self._kind: Kind = kind
-        self._frame = frame
+        """The exchange ends the `record`. `overload_status` is the HTTP status of a request that finds no
+        room."""
+        self._form = form
         self._choices = choices
         self._generate = generate
         self._record = record
@@ -116,81 +75,61 @@ class Exchange:
         If a worker is lost half-way, another worker answers that choice from the beginning.
         """
 
-        async def collect(choice: CompletionChoice, texts: list[str]) -> None:
-            choice.pieces += texts
+        async def collect(choice: CompletionChoice, parts: Sequence[Part]) -> None:
+            choice.parts += parts
 
         await self._run(receive, collect, tries=_WHOLE_TRIES)
         if self._hung_up:
             return
         if self._error is not None:
-            await send_error(send, self._error, headers)
+            await self._send_error(self._error, send, headers)
             return
-        choices: list[dict[str, Any]] = []
-        for choice in self._choices:
-            text = "".join(choice.pieces)
-            content: dict[str, Any] = {"text": text}
-            if self._kind == "chat":
-                content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append(
-                {
-                    "index": choice.index,
-                    **content,
-                    "logprobs": None,
-                    "finish_reason": choice.answer.finish_reason,
-                }
-            )
-        kind = "chat.completion" if self._kind == "chat" else "text_completion"
-        completion = {**_ordered(self._frame, kind), "choices": choices, "usage": self._usage()}
-        body = json.dumps(completion, ensure_ascii=False).encode(errors="replace")
-        await send_json(send, 200, body, headers)
+        await send_json(send, 200, self._form.whole(self._choices, Usage.of(self._choices)), headers)
 
     # ----------------------------------------------------------------- streamed
 
-    async def stream(
-        self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]], *, includes_usage: bool
-    ) -> None:
+    async def stream(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Answer with server-sent events. Returns early if the client hangs up.
 
         An error before the first item is a JSON response. A later error is an event that ends the stream.
         """
-        kind = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
-        frame = _ordered(self._frame, kind)
-        encoders = [
-            ChunkEncoder(self._kind, frame, choice.index, includes_usage=includes_usage)
-            for choice in self._choices
-        ]
+        form = self._form
+        encoders = [form.encoder(choice) for choice in self._choices]
+        has_begun = [False] * len(encoders)
         response = EventResponse(send, headers)
 
-        async def encode(choice: CompletionChoice, texts: list[str]) -> None:
-            encoder, reason = encoders[choice.index], choice.answer.finish_reason
-            events: list[bytes] = []
-            if not choice.pieces:
-                events.append(encoder.begin())
-                choice.pieces.append("")
-            if reason is not None and not texts[-1]:
-                texts.pop()
-            events += map(encoder.delta, texts)
+        async def encode(choice: CompletionChoice, parts: Sequence[Part]) -> None:
+            encoder, reason = encoders[choice.index], choice.finish_reason
+            events = encoder.parts(parts)
+            if not has_begun[choice.index]:
+                has_begun[choice.index] = True
+                events = encoder.begin() + events
             if reason is not None:
-                events.append(encoder.end(reason))
+                events += encoder.end(reason)
             if reason is not None and self._open == 1:
-                response.hold(b"".join(events))
-            else:
-                await response.write(b"".join(events))
+                response.hold(events)
+            elif events:
+                await response.write(events)
 
         await self._run(receive, encode, tries=1)
         if self._hung_up:
             return
-        if self._error is not None:
-            if response.begun:
-                await response.end(event(self._error.body()))
-            else:
-                await send_error(send, self._error, headers)
-        elif includes_usage:
-            await response.end(event({**frame, "choices": [], "usage": self._usage()}) + DONE)
+        if self._error is None:
+            await response.end(form.end(self._choices, Usage.of(self._choices)))
+        elif response.begun:
+            await response.end(form.errors.event(self._error, self._request_id))
         else:
-            await response.end(DONE)
+            await self._send_error(self._error, send, headers)
 
     # ----------------------------------------------------------------- both
+
+    @property
+    def _request_id(self) -> str:
+        return self._choices[0].context.id()
+
+    async def _send_error(self, error: ApiError, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        status, body = self._form.errors.response(error, self._request_id)
+        await send_json(send, status, body, [*error.headers(), *headers])
 
     async def _run(
         self,
@@ -228,17 +167,17 @@ class Exchange:
             for reader in readers:
                 if not reader.cancelled() and (defect := reader.exception()) is not None:
                     log.error("the reader of an answer failed", exc_info=defect)
-            usage = self._usage()
+            usage = Usage.of(self._choices)
             if self._record.observation is not None:
                 self._record.observation.finish_reasons = [
-                    choice.answer.finish_reason for choice in self._choices if choice.answer.finish_reason
+                    choice.finish_reason for choice in self._choices if choice.finish_reason
                 ]
             self._record.end(
                 self._error,
                 has_hung_up=self._hung_up,
-                prompt_token_count=usage["prompt_tokens"],
-                answer_token_count=usage["completion_tokens"],
-                cached_token_count=usage.get("prompt_tokens_details", {}).get("cached_tokens"),
+                prompt_token_count=usage.prompt_count,
+                answer_token_count=usage.answer_count,
+                cached_token_count=usage.cached_count,
             )
 
     async def _read(
@@ -262,7 +201,7 @@ class Exchange:
             elif worker_lost(exc) or isinstance(exc, (EngineFailed, ProtocolViolation)):
                 _log_failure(choice, exc)
             if self._error is None:
-                error = worker_error(exc, self._frame["model"], begun=choice.begun)
+                error = worker_error(exc, self._form.model, begun=choice.begun)
                 self._error = error.with_overload_as(self._overload_status)
         finally:
             if (
@@ -309,7 +248,8 @@ class Exchange:
             if not breaks_off:
                 raise
             if migration is not None and migration.is_whole(answer):
-                await deliver(choice, [answer.feed({"finish_reason": "length"})])
+                text = answer.feed({"finish_reason": "length"})
+                await deliver(choice, choice.parsed([text]))
                 return True
             if not self._goes_on(choice, items.instance_id if items else None, is_last=is_last):
                 raise
@@ -323,7 +263,7 @@ class Exchange:
         return True
 
     async def _take(self, choice: CompletionChoice, items: list[Any], deliver: Deliver) -> None:
-        """Decode items that came together, up to the finish reason, and deliver their texts."""
+        """Decode items that came together, up to the finish reason, and deliver their parts."""
         answer, record, now = choice.answer, self._record, perf_counter()
         if choice.begun:
             record.gaps_s.add(now - choice.item_at)
@@ -341,7 +281,7 @@ class Exchange:
             if len(texts) > 1:
                 record.gaps_s.add_all([0.0] * (len(texts) - 1))
             if texts:
-                await deliver(choice, texts)
+                await deliver(choice, choice.parsed(texts))
 
     def _goes_on(self, choice: CompletionChoice, lost_at: int | None, *, is_last: bool) -> bool:
         """Prepare another try after a worker was lost: from where the answer is, or from its beginning.
@@ -355,27 +295,6 @@ class Exchange:
         if not is_last:
             choice.restart()
         return not is_last
-
-    def _usage(self) -> dict[str, Any]:
-        completion = sum(choice.answer.token_count for choice in self._choices)
-        # Each prompt counts once, by its first choice, however many choices share its list of tokens: later
-        # choices find cached tokens that the first one has put there.
-        prompts: dict[int, tuple[int, int | None]] = {}  # id of the list → its tokens, the cached ones
-        for choice in self._choices:
-            token_ids, answer = choice.request["token_ids"], choice.answer
-            count = answer.prompt_token_count or len(token_ids)
-            cached_count = None if answer.cached_tokens is None else min(answer.cached_tokens, count)
-            prompts.setdefault(id(token_ids), (count, cached_count))
-        prompt = sum(count for count, _ in prompts.values())
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
-        cached = [count for _, count in prompts.values() if count is not None]
-        if cached:
-            usage["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
-        return usage
 
 
 def _breaks_off(choice: CompletionChoice, error: DynamoRedisError, call: Span | None) -> bool:
@@ -405,63 +324,3 @@ def _log_failure(choice: CompletionChoice, error: Exception) -> None:
     """Log that a request lost its worker, or failed there without a line in the worker's own log."""
     failure = "lost its worker" if worker_lost(error) else "failed at its worker"
     _failures.log("request %s %s: %s", choice.context.id(), failure, error)
-
-
-class EventResponse:
-    """A response of server-sent events, which several tasks may write."""
-
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        self._send = send
-        self._headers = headers
-        self._starting = asyncio.Lock()
-        self._held = b""
-        self.begun = False
-        """True once there is a part of the response."""
-
-    async def write(self, events: bytes) -> None:
-        """Write events, and before the first ones the head. Waits for a client that reads slowly."""
-        if not self.begun:
-            async with self._starting:
-                if not self.begun:
-                    await self._send(
-                        {"type": "http.response.start", "status": 200, "headers": [*_SSE, *self._headers]}
-                    )
-                    self.begun = True
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
-
-    def hold(self, events: bytes) -> None:
-        """Keep the last events, to be written with the end."""
-        self._held = events
-
-    async def end(self, events: bytes) -> None:
-        """Write the held events and the last ones, and end the response."""
-        if not self.begun:
-            await self.write(b"")
-        await self._send({"type": "http.response.body", "body": self._held + events, "more_body": False})
-
-
-# --------------------------------------------------------------------------- plain responses
-
-_SSE = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # else nginx buffers the events
-]
-
-
-def _ordered(frame: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {"id": frame["id"], "object": kind, **frame}
-
-
-async def send_json(
-    send: Send, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()
-) -> None:
-    """Answer with a JSON document."""
-    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
-    await send({"type": "http.response.body", "body": content, "more_body": False})
-
-
-async def send_error(send: Send, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """Answer with an error in OpenAI's form."""
-    await send_json(send, error.status, error.body_bytes(), [*error.headers(), *headers])

@@ -10,14 +10,16 @@ import json
 import logging
 import re
 import time
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamo_redis.frontend.http.sse import Kind
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import tracing
+
+Kind = Literal["chat", "text"]
+"""The APIs that generate."""
 
 OBSERVATION: Final = "dynamo_redis.observation"
 """The key of a request's `Observation` in its scope."""

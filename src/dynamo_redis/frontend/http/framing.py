@@ -8,7 +8,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from dynamo_redis.frontend.exchange import Event, Receive, Send
+from dynamo_redis.frontend.http.responses import Event, Receive, Send
 
 Application = Callable[[Any, Receive, Send], Awaitable[None]]
 

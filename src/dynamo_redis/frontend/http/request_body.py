@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from dynamo_redis.frontend.exchange import Receive
 from dynamo_redis.frontend.http.errors import ApiError, bodies_full, body_too_large
+from dynamo_redis.frontend.http.responses import Receive
 
 _MOST_DISCARDED = 256 << 20
 """Most bytes that are read and dropped for a client that reads no response before it has sent everything."""

@@ -10,8 +10,7 @@ from collections import Counter
 from typing import Final, Literal
 
 from dynamo_redis.frontend.http.errors import ApiError
-from dynamo_redis.frontend.http.sse import Kind
-from dynamo_redis.frontend.observation import Observation
+from dynamo_redis.frontend.observation import Kind, Observation
 from dynamo_redis.histogram import Histogram
 
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)

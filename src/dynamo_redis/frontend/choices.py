@@ -1,0 +1,129 @@
+"""One choice of a completion: its request, and the part of the answer that has arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.frontend.migration import Migration
+from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.parsers.deltas import CallBegin, Delta
+from dynamo_redis.planes.context import Context
+
+Part = str | Delta
+"""A part of an answer. Without a parser each is a plain text."""
+
+
+class AnswerParser(Protocol):
+    """Finds reasoning and tool calls in the text of one answer."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """Return the parts that a further text completes."""
+        ...
+
+    def finish(self) -> list[Delta]:
+        """Return the last parts, after the last text."""
+        ...
+
+
+class CompletionChoice:
+    """One choice of a completion: its request, and the part of the answer that has arrived."""
+
+    __slots__ = (
+        "_has_calls",
+        "_make_parser",
+        "answer",
+        "begun",
+        "context",
+        "index",
+        "item_at",
+        "migration",
+        "parser",
+        "parts",
+        "request",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        answer: AnswerDecoder,
+        context: Context,
+        migration: Migration | None = None,
+        make_parser: Callable[[], AnswerParser] | None = None,
+    ) -> None:
+        """`migration` has the answer go on at another worker if its worker is lost; None: it ends then.
+
+        `make_parser` makes the parser of the answer, at its beginning; None: the answer is plain text.
+        """
+        self.index = index
+        self.request = request
+        self.answer = answer
+        self.context = context
+        self.migration = migration
+        self.begun = False
+        """True once part of the answer has arrived."""
+        self.item_at = 0.0
+        """The time of its last item, on `time.perf_counter`."""
+        self.parts: list[Part] = []
+        """The parts so far of an answer that is sent whole."""
+        self._make_parser = make_parser
+        self.parser = None if make_parser is None else make_parser()
+        self._has_calls = False
+
+    def parsed(self, texts: list[str]) -> Sequence[Part]:
+        """Return the parts that the next texts of the answer complete."""
+        is_over = self.answer.finish_reason is not None
+        if is_over and not texts[-1]:
+            texts.pop()
+        if self.parser is None:
+            return texts
+        deltas = [delta for text in texts for delta in self.parser.feed(text)]
+        if is_over:
+            deltas += self.parser.finish()
+        self._has_calls = self._has_calls or any(isinstance(delta, CallBegin) for delta in deltas)
+        return deltas
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The finish reason; `tool_calls` if the model has ended its answer by calling tools."""
+        reason = self.answer.finish_reason
+        return "tool_calls" if self._has_calls and reason == "stop" else reason
+
+    def restart(self) -> None:
+        """Forget the answer so far: another worker answers from the beginning."""
+        self.begun = False
+        self.parts.clear()
+        self.answer.restart()
+        self.parser = None if self._make_parser is None else self._make_parser()
+        self._has_calls = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The counts of tokens of all choices."""
+
+    prompt_count: int
+    answer_count: int
+    cached_count: int | None
+    """Tokens of the prompts that the workers had in their caches; None if none of them counted."""
+
+    @classmethod
+    def of(cls, choices: Iterable[CompletionChoice]) -> Usage:
+        """Count the tokens so far.
+
+        Each prompt counts once, by its first choice, however many choices share its list of tokens: later
+        choices find cached tokens that the first one has put there.
+        """
+        answers = 0
+        prompts: dict[int, tuple[int, int | None]] = {}  # id of the list → its tokens, the cached ones
+        for choice in choices:
+            token_ids, answer = choice.request["token_ids"], choice.answer
+            answers += answer.token_count
+            count = answer.prompt_token_count or len(token_ids)
+            cached_count = None if answer.cached_tokens is None else min(answer.cached_tokens, count)
+            prompts.setdefault(id(token_ids), (count, cached_count))
+        cached = [count for _, count in prompts.values() if count is not None]
+        return cls(sum(count for count, _ in prompts.values()), answers, sum(cached) if cached else None)

@@ -1,0 +1,206 @@
+"""The requests of the APIs that generate: the steps of one, from its head to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from dynamo_redis.config import FrontendSettings
+from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
+from dynamo_redis.frontend.admission import Admission, Place
+from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder
+from dynamo_redis.frontend.apis import Api
+from dynamo_redis.frontend.choices import CompletionChoice
+from dynamo_redis.frontend.exchange import Exchange
+from dynamo_redis.frontend.http.errors import ApiError, api_error, too_many_choices
+from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
+from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
+from dynamo_redis.frontend.http.responses import send_json
+from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord, error_type
+from dynamo_redis.frontend.migration import Migration
+from dynamo_redis.frontend.model import Model
+from dynamo_redis.frontend.model_loading import LoadedModel
+from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.observation import OBSERVATION, Observation
+from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.parameters import check_headers
+from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.planes.context import Context, current_request
+
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,128})?")
+
+
+class Completions:
+    """The requests of one API that generates, as an ASGI application of its own.
+
+    There is no middleware and no response class around it: a streamed token costs its encoding and its share
+    of a write.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        models: LiveModels,
+        preparation: Preparation,
+        bodies: BodyBudget,
+        settings: FrontendSettings,
+        metrics: FrontendMetrics,
+        admission: Admission,
+    ) -> None:
+        self._metrics = metrics
+        self._admission = admission
+        self._overload_status = settings.overload_status
+        self._api = api
+        self._models = models
+        self._preparation = preparation
+        self._bodies = bodies
+        self._limit_bytes = int(settings.max_body_bytes)
+        self._max_choices_count = settings.max_choices_count
+        self._timeout_s = settings.request_timeout_s or None
+        self._migration_limit = settings.migration_limit
+        self._migration_max_length = settings.migration_max_seq_len
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. The server logs an exception that is raised."""
+        try:
+            with self._admission.place() as place:
+                await self._serve(scope, receive, send, place)
+        except Exception as exc:
+            with suppress(RuntimeError):  # the response has begun: the server closes the connection
+                await self._send_error(send, api_error(exc), "")
+            raise
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, place: Place) -> None:
+        started_at, arrived_at = time.monotonic(), time.perf_counter()
+        request_id, traceparent = "", None
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and not request_id and _REQUEST_ID.fullmatch(value):
+                request_id = str(value, "ascii")
+            elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+                traceparent = str(value, "latin-1")
+        request_id = request_id or uuid.uuid4().hex
+        headers = [(b"x-request-id", request_id.encode())]
+        deadline = None if self._timeout_s is None else started_at + self._timeout_s
+        context = Context(request_id, deadline=deadline, traceparent=traceparent)
+        current_request.set(context)
+        observation: Observation | None = scope.get(OBSERVATION)
+        if observation is not None:
+            observation.begin(self._api.kind, context)
+        try:
+            check_headers(scope["headers"])
+            async with asyncio.timeout(self._timeout_s):
+                body, model, requests = await self._read(scope, receive, place)
+        except ClientGone:
+            return
+        except (TimeoutError, ApiError, DynamoRedisError) as exc:
+            late = DeadlineExceeded("the request was not read and tokenized before its deadline")
+            error = api_error(late if isinstance(exc, TimeoutError) else exc).with_overload_as(
+                self._overload_status
+            )
+            self._metrics.refuse(self._api.kind, error)
+            if observation is not None:
+                observation.error_type = error_type(error)
+            await self._send_error(send, error, request_id, headers)
+            return
+        count = len(requests)
+        contexts = [context]
+        if count > 1:
+            contexts = [
+                Context(f"{request_id}-{index}", deadline=deadline, traceparent=context.traceparent)
+                for index in range(count)
+            ]
+        record = self._metrics.begin(
+            model.name, self._api.kind, is_stream=bool(body.stream), started_at=arrived_at
+        )
+        if observation is not None:
+            record.observation = observation
+            observation.note_prepared(
+                model.name, count, is_stream=bool(body.stream), max_tokens=body.wanted_tokens
+            )
+        exchange = self._make_exchange(model, body, requests, contexts, record)
+        if body.stream:
+            scope[STREAMS_EVENTS] = True
+            await exchange.stream(receive, send, headers)
+        else:
+            await exchange.respond(receive, send, headers)
+
+    async def _send_error(
+        self, send: Send, error: ApiError, request_id: str, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        status, body = self._api.errors.response(error, request_id)
+        await send_json(send, status, body, [*error.headers(), *headers])
+
+    async def _read(
+        self, scope: Scope, receive: Receive, place: Place
+    ) -> tuple[CompletionOptions, Model, list[GenerateRequest]]:
+        """Read a request. Return its options, its model, and the requests to the workers. It takes its place
+        as soon as it has arrived, before the work that it costs.
+
+        A request over the context of the chosen version of the model goes to the version with the longest
+        context. Raises ApiError, DynamoRedisError and ClientGone.
+        """
+        with self._bodies.hold() as held:
+            content = await read_limited(scope, receive, self._limit_bytes, held)
+            await place.take()  # the time-out of the reading bounds the wait, too
+            body = await self._preparation.read(self._api.body, content)
+            del content
+            if body.choice_count > self._max_choices_count:
+                raise too_many_choices(body.choice_count, self._max_choices_count)
+            model = self._models.get(body.options.model, self._can_serve)
+            assert model.loaded is not None
+            try:
+                return body.options, model, await self._preparation.requests(model.loaded, body)
+            except ApiError as exc:
+                longer = self._models.with_longer_context(model, self._can_serve)
+                if exc.code != "context_length_exceeded" or longer is None or longer.loaded is None:
+                    raise
+                return body.options, longer, await self._preparation.requests(longer.loaded, body)
+
+    def _can_serve(self, model: LoadedModel) -> bool:
+        return model.template is not None if self._api.renders else model.completes_text
+
+    def _make_exchange(
+        self,
+        model: Model,
+        body: CompletionOptions,
+        requests: list[GenerateRequest],
+        contexts: list[Context],
+        record: RequestRecord,
+    ) -> Exchange:
+        assert model.loaded is not None
+        tokenizer = model.loaded.tokenizer
+        limit = self._migration_limit
+        if limit is None:
+            limit = self._models.migration_limit(model)
+        max_length = self._migration_max_length
+        choices = [
+            CompletionChoice(
+                index,
+                request,
+                AnswerDecoder(
+                    tokenizer.detokenizer(),
+                    body.stops,
+                    keeps_stop=body.keeps_stops,
+                    keeps_tokens=limit > 0,
+                    most_tokens=model.loaded.context_length + SLACK_TOKENS,
+                ),
+                context,
+                Migration(request, limit, max_length) if limit else None,
+            )
+            for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
+        ]
+
+        async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
+            return await self._models.generate(model, request, context, excluded)
+
+        form = self._api.form(model.name, body)
+        return Exchange(form, choices, generate, record, self._overload_status)

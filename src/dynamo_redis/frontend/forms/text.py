@@ -1,0 +1,48 @@
+"""The form of OpenAI's text completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from dynamo_redis.frontend.choices import CompletionChoice, Part
+from dynamo_redis.frontend.forms.completions import ChunkEncoder, CompletionForm
+
+_BEFORE: Final = b'"text":'
+_AFTER: Final = b',"finish_reason":null,"logprobs":null}]}\n\n'
+_END: Final = b'"text":"","finish_reason":'
+
+
+class TextForm(CompletionForm):
+    """A text completion."""
+
+    id_prefix = "cmpl"
+    object_name = chunk_name = "text_completion"
+
+    def content(self, choice: CompletionChoice) -> dict[str, Any]:
+        """See `CompletionForm`."""
+        return {"text": "".join(_texts(choice.parts))}
+
+    def encoder(self, choice: CompletionChoice) -> TextEncoder:
+        """See `ResponseForm`."""
+        return TextEncoder(self.chunk_start(choice.index), _BEFORE, _AFTER, _END)
+
+
+class TextEncoder(ChunkEncoder):
+    """Encodes the chunks of one choice of a text completion."""
+
+    __slots__ = ()
+
+    def begin(self) -> bytes:
+        """See `ChoiceEncoder`."""
+        return b""
+
+    def parts(self, parts: Sequence[Part]) -> bytes:
+        """See `ChoiceEncoder`."""
+        return self.texts(_texts(parts))
+
+
+def _texts(parts: Sequence[Part]) -> Sequence[str]:
+    """Return the parts, which are plain texts: text completions have no parser."""
+    assert not parts or isinstance(parts[0], str)
+    return parts  # type: ignore[return-value]

@@ -1,0 +1,132 @@
+"""The forms of responses: the parts of an answer, whole and as events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.frontend.choices import CompletionChoice, Part, Usage
+from dynamo_redis.frontend.forms.base import Call, gathered
+from dynamo_redis.frontend.forms.chat import ChatForm
+from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.parsers.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
+from dynamo_redis.planes.context import Context
+
+PARTS: list[Part] = [
+    Reasoning("It is "),
+    Reasoning("cold."),
+    Text("Let me "),
+    Text("look."),
+    CallBegin(0, "call_1", "weather"),
+    CallArguments(0, '{"at":'),
+    CallArguments(0, '"Oslo"}'),
+    CallBegin(1, "call_2", "time"),
+]
+USAGE = Usage(prompt_count=5, answer_count=8, cached_count=3)
+
+
+class Letters:
+    """Detokenizes ids of letters."""
+
+    def feed(self, token_ids: Any) -> str:
+        return "".join(map(chr, token_ids))
+
+    def finish(self) -> str:
+        return ""
+
+
+class Words:
+    """A parser for which each word is a part, and an exclamation mark a call."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def feed(self, text: str) -> list[Delta]:
+        *words, self._rest = (self._rest + text).split(" ")
+        return [CallBegin(0, "call_1", "shout") if word == "!" else Text(word) for word in words]
+
+    def finish(self) -> list[Delta]:
+        return [Text(self._rest)]
+
+
+def a_choice(*, parses: bool) -> CompletionChoice:
+    request = GenerateRequest(
+        model="m", token_ids=[1], stop_conditions={}, sampling_options={}, eos_token_ids=[]
+    )
+    answer = AnswerDecoder(Letters(), [])
+    return CompletionChoice(0, request, answer, Context(), make_parser=Words if parses else None)
+
+
+def feed(choice: CompletionChoice, text: str, reason: str | None = None) -> list[Part]:
+    item = {"token_ids": list(map(ord, text)), "finish_reason": reason}
+    return list(choice.parsed([choice.answer.feed(item)]))
+
+
+def chunks(events: bytes) -> list[Any]:
+    texts = [event.removeprefix("data: ") for event in events.decode().split("\n\n")[:-1]]
+    return [json.loads(text) for text in texts]
+
+
+def test_parts_gather_into_sections() -> None:
+    assert gathered(PARTS) == [
+        Reasoning("It is cold."),
+        Text("Let me look."),
+        Call("call_1", "weather", '{"at":"Oslo"}'),
+        Call("call_2", "time", ""),
+    ]
+    assert gathered(["a", "b", Text("c")]) == [Text("abc")]
+
+
+def test_choice_without_parser_delivers_texts() -> None:
+    choice = a_choice(parses=False)
+    assert feed(choice, "hi ! ") == ["hi ! "]
+    assert feed(choice, "", "stop") == []
+    assert choice.finish_reason == "stop"
+
+
+def test_choice_with_parser_delivers_its_parts() -> None:
+    choice = a_choice(parses=True)
+    assert feed(choice, "hi th") == [Text("hi")]
+    assert feed(choice, "ere ! b", "stop") == [Text("there"), CallBegin(0, "call_1", "shout"), Text("b")]
+    assert choice.finish_reason == "tool_calls"
+
+
+def test_restarted_choice_has_a_new_parser() -> None:
+    choice = a_choice(parses=True)
+    feed(choice, "a ! half")
+    choice.restart()
+    assert feed(choice, "whole", "length") == [Text("whole")]
+    assert choice.finish_reason == "length"
+
+
+def test_chat_holds_reasoning_content_and_calls() -> None:
+    choice = a_choice(parses=True)
+    choice.answer.finish_reason = "stop"
+    choice.parts = PARTS
+    body = json.loads(ChatForm("m", includes_usage=False).whole([choice], USAGE))
+    message = ChatCompletion.model_validate(body, strict=True).choices[0].message
+    assert message.content == "Let me look."
+    assert message.model_extra == {"reasoning_content": "It is cold."}
+    assert [call.function.arguments for call in message.tool_calls or [] if call.type == "function"] == [
+        '{"at":"Oslo"}',
+        "",
+    ]
+
+
+def test_chat_streams_each_part_as_a_chunk() -> None:
+    encoder = ChatForm("m", includes_usage=False).encoder(a_choice(parses=True))
+    found = chunks(encoder.begin() + encoder.parts(PARTS) + encoder.end("tool_calls"))
+    for chunk in found:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
+    deltas = [chunk["choices"][0]["delta"] for chunk in found]
+    assert len(deltas) == len(PARTS) + 2
+    assert [delta.get("reasoning_content") for delta in deltas[1:3]] == ["It is ", "cold."]
+    assert [delta["content"] for delta in deltas[3:5]] == ["Let me ", "look."]
+    assert deltas[5]["tool_calls"] == [
+        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}}
+    ]
+    assert deltas[7]["tool_calls"] == [{"index": 0, "function": {"arguments": '"Oslo"}'}}]
+    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
