@@ -118,7 +118,7 @@ async def _ask(
                     raise CommandFailed(f"model {loaded.name!r} has no chat template: give --prompt")
                 else:
                     job = render_job([{"role": "user", "content": message}])
-                    token_ids = loaded.tokenizer.encode((await loaded.template.render(job)).decode())
+                    token_ids = loaded.encode_rendered(await loaded.template.render(job))
             finally:
                 if loaded.template is not None:
                     await loaded.template.aclose()

@@ -15,6 +15,7 @@ from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.download import fetch_model_files
 from dynamo_redis.store.base import ObjectStore
+from dynamo_redis.templates.protocol import MaskedText
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,12 @@ class LoadedModel:
         ModelError."""
         assert self.read_tokenizer is not None
         self.tokenizer.accelerate(self.read_tokenizer())
+
+    def encode_rendered(self, text: bytearray | MaskedText) -> list[int]:
+        """Return the token ids of a rendered chat. Raises ModelError, InvalidRequest."""
+        if isinstance(text, MaskedText):
+            return self.tokenizer.encode_masked(text.text.decode(), text.mask)
+        return self.tokenizer.encode(text.decode())
 
 
 async def load_model(
@@ -78,10 +85,14 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
     """
     files = read_model_directory(directory, context_length=card.context_length)
     wants_chat = card.model_type != "completions" and files.chat_templates
+    tokenizer = Tokenizer(files.read_tokenizer(), origin=f"tokenizer.json of {card.display_name!r}")
+    template = None
+    if wants_chat:
+        template = ChatTemplate(files.chat_templates, files.tokenizer_config, tokenizer.special_names)
     return LoadedModel(
         name=card.display_name,
-        tokenizer=Tokenizer(files.read_tokenizer(), origin=f"tokenizer.json of {card.display_name!r}"),
-        template=ChatTemplate(files.chat_templates, files.tokenizer_config) if wants_chat else None,
+        tokenizer=tokenizer,
+        template=template,
         eos_token_ids=files.eos_token_ids,
         context_length=files.context_length,
         completes_text=card.model_type != "chat",

@@ -8,6 +8,7 @@ import secrets
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from dynamo_redis.frontend.http.bodies import Body, Prompt, Text
@@ -18,6 +19,7 @@ from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
+from dynamo_redis.templates.protocol import MaskedText
 
 LARGE_BYTES = 64 * 1024
 """Texts over this size are tokenized in threads of their own, so that smaller ones do not wait for them."""
@@ -66,7 +68,7 @@ class Preparation:
         options = body.options
         prompts = await self._render_prompts(model, body)
         size = sum(map(len, prompts))
-        if size <= model.tokenizer.inline_bytes:
+        if size <= model.tokenizer.inline_bytes and not isinstance(prompts[0], MaskedText):
             tokenized = tokenize(model, options, prompts)
         else:
             if model.tokenizer not in self._threads:
@@ -151,19 +153,23 @@ def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prom
 
 
 def _encode(
-    model: LoadedModel, body: CompletionOptions, text: Text, *, add_special_tokens: bool = False
+    model: LoadedModel, body: CompletionOptions, text: Text | MaskedText, *, add_special_tokens: bool = False
 ) -> list[int]:
     """Return the token ids of a text. Raises ApiError, as early as possible, if it exceeds the context."""
     context_length = model.context_length
+    encode = model.tokenizer.encode
+    if isinstance(text, MaskedText):
+        encode = partial(model.tokenizer.encode_masked, mask=text.mask)
+        text = text.text
     size = PROBE_CHARS * context_length
     while size < len(text):
-        count = len(model.tokenizer.encode(_start(text, size))) - _PROBE_SLACK_TOKENS
+        count = len(encode(_start(text, size))) - _PROBE_SLACK_TOKENS
         if count > context_length:
             raise _too_long(body, count, None, context_length, at_least=True)
         if size > MOST_CHARS * context_length:
             raise _too_long(body, context_length + 1, None, context_length, at_least=True)
         size *= 2
-    return model.tokenizer.encode(_start(text, size), add_special_tokens=add_special_tokens)
+    return encode(_start(text, size), add_special_tokens=add_special_tokens)
 
 
 def _start(text: Text, size: int) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from dynamo_redis.errors import ModelError
+from dynamo_redis.errors import InvalidRequest, ModelError
 from dynamo_redis.frontend.fast_encoding import FastEncoder
+from dynamo_redis.frontend.literal_encoding import LiteralEncoder
 
 REPLACEMENT = "�"
 
@@ -74,6 +76,8 @@ class Tokenizer:
             TokenTexts(self._tokenizer.id_to_token, special, self._end_id) if is_byte_level(decoder) else None
         )
         self._added_tokens = [token.content for token in added.values()]
+        self.special_names = [added[token_id].content for token_id in sorted(special)]
+        """The names of the special tokens."""
         parts = filter(None, (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer))
         expressions = {each for part in parts for each in _expressions(json.loads(part.__getstate__()))}
         self.has_expressions = not expressions <= _KNOWN_EXPRESSIONS
@@ -121,13 +125,26 @@ class Tokenizer:
                 return ids
         return self._encode(text, add_special_tokens)
 
+    def encode_masked(self, text: str, mask: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a masked text: the names of special tokens with a mask in them stay text.
+
+        As `encode`, but never accelerated. Raises InvalidRequest, too.
+        """
+        with _panics_as_errors():
+            ids = self._literal.encode(text, mask)
+            if not add_special_tokens:
+                return ids
+            probe, around = self._encode("a", False), self._encode("a", True)
+        position = next(i for i in range(len(around)) if around[i : i + len(probe)] == probe)
+        return [*around[:position], *ids, *around[position + len(probe) :]]
+
+    @cached_property
+    def _literal(self) -> LiteralEncoder:
+        return LiteralEncoder(self._tokenizer, self._tokenizer.get_added_tokens_decoder())
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
+        with _panics_as_errors():
             encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as exc:  # noqa: BLE001 - a panic of the library is not an Exception
-            raise ModelError(f"the tokenizer fails at this text: {str(exc).splitlines()[0]}") from None
         ids: list[int] = encoding.ids
         return ids
 
@@ -144,6 +161,16 @@ class Tokenizer:
         if self._texts is not None:
             return ByteLevelDetokenizer(self._texts)
         return WindowDetokenizer(self.decode, self._end_id)
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, InvalidRequest):
+        raise
+    except BaseException as exc:  # noqa: BLE001 - a panic of the library is not an Exception
+        raise ModelError(f"the tokenizer fails at this text: {str(exc).splitlines()[0]}") from None
 
 
 def _expressions(state: Any) -> Iterator[str]:

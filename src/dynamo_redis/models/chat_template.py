@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from dynamo_redis.errors import ModelError, Overloaded, TemplateError
@@ -24,7 +24,14 @@ from dynamo_redis.jobs.lane import (
     job_environment,
 )
 from dynamo_redis.jobs.serving import FRAME
-from dynamo_redis.templates.protocol import DONE, RENDER_LIMIT_S, to_json
+from dynamo_redis.templates.protocol import (
+    DONE,
+    MASK_BYTES,
+    MASKED,
+    RENDER_LIMIT_S,
+    MaskedText,
+    to_json,
+)
 
 LARGE_JOB_BYTES: Final = 64 << 10
 """A conversation over this size is rendered in another process, so that smaller ones do not wait for it."""
@@ -43,13 +50,25 @@ _COMMAND: Final = (sys.executable, "-P", "-m", "dynamo_redis.templates")
 class ChatTemplate:
     """The chat templates of one model. Owns up to two processes, one of them for large conversations."""
 
-    def __init__(self, templates: Mapping[str, str], tokenizer_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        templates: Mapping[str, str],
+        tokenizer_config: Mapping[str, Any],
+        special_names: Iterable[str] = (),
+    ) -> None:
         """Take the templates, without compiling them: see `open` and `check`.
 
         `templates` maps names to Jinja source. `default` is used, and with tools `tool_use`, if there is one.
         Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
+        `special_names` are the names of all special tokens, which clients' texts may not write.
         """
-        self._setup = to_json({"templates": dict(templates), "tokenizer_config": dict(tokenizer_config)})
+        self._setup = to_json(
+            {
+                "templates": dict(templates),
+                "tokenizer_config": dict(tokenizer_config),
+                "special_names": list(special_names),
+            }
+        )
         self._small = self._lane(QUEUE_COUNT, _AHEAD_COUNT)
         self._large = self._lane(QUEUE_COUNT // 8, 1)
 
@@ -108,8 +127,9 @@ class ChatTemplate:
         except JobError as exc:
             raise _setup_error(exc) from exc
 
-    async def render(self, conversation: bytes | bytearray) -> bytearray:
-        """Render a job of `render_job`; return the prompt's text in UTF-8.
+    async def render(self, conversation: bytes | bytearray) -> bytearray | MaskedText:
+        """Render a job of `render_job`; return the prompt's text in UTF-8. It is masked if a client wrote the
+        name of a special token.
 
         Raises TemplateError if the template refuses the conversation, with its own message, or fails, and
         Overloaded.
@@ -125,11 +145,15 @@ class ChatTemplate:
             raise Overloaded(f"chat templates cannot be rendered now: {exc}") from exc
         except JobError as exc:
             raise TemplateError(str(exc)) from exc
-        is_done = answer.startswith(DONE)
+        kind = bytes(answer[:1])
         del answer[:1]
-        if not is_done:
-            raise TemplateError(answer.decode())
-        return answer
+        if kind == DONE:
+            return answer
+        if kind == MASKED:
+            mask = answer[:MASK_BYTES].decode()
+            del answer[:MASK_BYTES]
+            return MaskedText(answer, mask)
+        raise TemplateError(answer.decode())
 
     async def aclose(self) -> None:
         """End the processes. Idempotent."""

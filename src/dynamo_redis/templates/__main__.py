@@ -13,7 +13,7 @@ import json
 
 from dynamo_redis.errors import ModelError
 from dynamo_redis.jobs.serving import serve
-from dynamo_redis.templates.protocol import DONE, PROCESS_MEMORY_BYTES, REFUSED, RENDER_LIMIT_S
+from dynamo_redis.templates.protocol import DONE, MASKED, PROCESS_MEMORY_BYTES, REFUSED, RENDER_LIMIT_S
 from dynamo_redis.templates.rendering import CompiledTemplates
 
 
@@ -24,16 +24,18 @@ class Renderer:
         self._templates: CompiledTemplates | None = None
 
     def answer(self, job: bytearray) -> bytes:
-        """Run a job; return `+` and the text, or `-` and the reason why there is none."""
+        """Run a job; return `+` and the text, `=` with a mask and the masked text, or `-` and the reason why
+        there is none."""
         if not job:
             return DONE
         try:
             arguments = json.loads(job)
             del job
             if self._templates is None:
-                self._templates = CompiledTemplates(arguments["templates"], arguments["tokenizer_config"])
+                self._templates = CompiledTemplates(**arguments)
                 return DONE
-            return DONE + self._templates.render(**arguments).encode()
+            prompt = self._templates.render(**arguments)
+            return (MASKED if prompt.mask else DONE) + prompt.mask.encode() + prompt.encode()
         except ModelError as exc:
             reason = str(exc)
         except UnicodeEncodeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 RENDER_LIMIT_S: Final = 5.0
@@ -26,8 +27,24 @@ PROCESS_MEMORY_BYTES: Final = 256 << 20
 DONE: Final = b"+"
 """Prefix of a rendered text."""
 
+MASKED: Final = b"="
+"""Prefix of a mask, `MASK_BYTES` long, and a rendered text with it: see `masking.py`."""
+
+MASK_BYTES: Final = 3
+
 REFUSED: Final = b"-"
 """Prefix of the reason why there is no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedText:
+    """A prompt's text in UTF-8. A mask stands in each name of a special token that a client wrote."""
+
+    text: bytearray
+    mask: str
+
+    def __len__(self) -> int:
+        return len(self.text)
 
 
 def render_job(

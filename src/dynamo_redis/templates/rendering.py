@@ -8,12 +8,13 @@ in a separate process (`__main__.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Self
 
 import jinja2
 
 from dynamo_redis.errors import ModelError, TemplateError
+from dynamo_redis.templates.masking import Masking
 from dynamo_redis.templates.protocol import (
     MEMORY_LIMIT_BYTES,
     OUTPUT_LIMIT_CHARS,
@@ -31,16 +32,37 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 ContentForm = Literal["text", "parts", "either"]
 
 
+class RenderedPrompt(str):
+    """The text of a prompt. Unless `mask` is empty, it stands in each name of a special token that comes from
+    a client's text, and is no part of the prompt."""
+
+    __slots__ = ("mask",)
+    mask: str
+
+    def __new__(cls, text: str, mask: str) -> Self:
+        """Make the text with its mask."""
+        prompt = super().__new__(cls, text)
+        prompt.mask = mask
+        return prompt
+
+
 class CompiledTemplates:
     """The chat templates of one model, compiled."""
 
-    def __init__(self, templates: Mapping[str, str], tokenizer_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        templates: Mapping[str, str],
+        tokenizer_config: Mapping[str, Any],
+        special_names: Iterable[str] = (),
+    ) -> None:
         """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
 
         Blocks while probes are rendered. Raises ModelError for a template that does not compile or does not
         end. Without a `default`, `render` raises where it would be used.
         Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
+        `special_names` are masked in the texts of clients.
         """
+        self._masking = Masking(special_names)
         environment = TemplateEnvironment()
         self._variants = {name: _Variant(name, source, environment) for name, source in templates.items()}
         self._special_tokens = special_tokens(tokenizer_config)
@@ -57,7 +79,7 @@ class CompiledTemplates:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
-    ) -> str:
+    ) -> RenderedPrompt:
         """Return the prompt's text. `variables` are further variables of the template (`enable_thinking`).
 
         Messages are in OpenAI's form and are not changed. Text parts are joined for templates that expect
@@ -74,6 +96,10 @@ class CompiledTemplates:
                 "is the default"
             )
         conversation = [variant.normalise(message) for message in messages]
+        given, mask = (conversation, tools, documents, variables), ""
+        if self._masking.is_needed(given):
+            mask = self._masking.mask_for(given)
+            conversation, tools, documents, variables = (self._masking.masked(each, mask) for each in given)
         if continue_final_message:
             _mark_final(conversation)
         text = variant.render(
@@ -86,17 +112,9 @@ class CompiledTemplates:
                 "add_generation_prompt": add_generation_prompt and not continue_final_message,
             }
         )
-        if not continue_final_message:
-            return text
-        position = text.rfind(_CONTINUE_TAG.strip())
-        if position < 0:
-            raise TemplateError(
-                "continue_final_message is set, but the template leaves the final message out"
-            )
-        # Without the space at the mark's end, the template trims messages: then the prompt is trimmed as
-        # well.
-        kept = text[:position]
-        return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()
+        if continue_final_message:
+            text = _cut_at_mark(text)
+        return RenderedPrompt(text, mask)
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,3 +320,13 @@ def _mark_final(conversation: list[Message]) -> None:
                 conversation[-1]["content"] = [*content[:index], marked, *content[index + 1 :]]
                 return
     raise TemplateError("continue_final_message is set, but the final message has no text to continue")
+
+
+def _cut_at_mark(text: str) -> str:
+    """Return the text up to the mark."""
+    position = text.rfind(_CONTINUE_TAG.strip())
+    if position < 0:
+        raise TemplateError("continue_final_message is set, but the template leaves the final message out")
+    # Without the space at the mark's end, the template trims messages: then the prompt is trimmed as well.
+    kept = text[:position]
+    return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()

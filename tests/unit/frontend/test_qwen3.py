@@ -19,6 +19,7 @@ from dynamo_redis.frontend.openai import ChatBody, read_body
 from dynamo_redis.frontend.prompts import tokenize
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.card import ModelCard
+from dynamo_redis.templates.protocol import MaskedText
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 VECTORS: dict[str, Any] = json.loads((REPOSITORY / "tests" / "vectors" / "qwen3_chat.json").read_text())
@@ -59,12 +60,13 @@ def prompt_ids(model: LoadedModel, case: dict[str, Any]) -> list[int]:
     content = json.dumps({**body, "chat_template_kwargs": options}).encode()
     chat = read_body(ChatBody, content)
 
-    async def rendered() -> str:
+    async def rendered() -> str | MaskedText:
         assert model.template is not None
         source = source_of(chat)
         assert isinstance(source, bytes)
         try:
-            return (await model.template.render(source)).decode()
+            text = await model.template.render(source)
+            return text if isinstance(text, MaskedText) else text.decode()
         finally:
             await model.template.aclose()
 

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions
-from dynamo_redis.templates.protocol import render_job
+from dynamo_redis.templates.protocol import MaskedText, render_job
 
 MOST_OPTIONS_BYTES: Final = 256 << 10
 """Most bytes of all fields except those of the prompt, for a body that was parsed by the process."""
@@ -27,7 +27,7 @@ _HEAD: Final = Struct("<I")
 Text = str | bytearray | memoryview
 """A prompt's text; a large one is bytes in UTF-8."""
 
-Prompt: TypeAlias = "Text | list[int] | array[int]"
+Prompt: TypeAlias = "Text | MaskedText | list[int] | array[int]"
 """A prompt, as text or as token ids."""
 
 Source: TypeAlias = "bytes | bytearray | list[Prompt]"
