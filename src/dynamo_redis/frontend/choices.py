@@ -97,6 +97,8 @@ class CompletionChoice:
         self.begun = False
         self.parts.clear()
         self.answer.restart()
+        if self.migration is not None:
+            self.migration.restart()
         self.parser = None if self._make_parser is None else self._make_parser()
         self._has_calls = False
 

@@ -58,7 +58,7 @@ class Migration:
         self.request = request
         """The request to the next worker."""
         self.count = 0
-        """The number of migrations so far."""
+        """The number of migrations since the beginning of the answer."""
 
     def may_move(self, answer: AnswerDecoder) -> bool:
         """Return whether the answer can go on at another worker."""
@@ -94,6 +94,11 @@ class Migration:
             "answered_count": len(answered),
         }
         answer.note_move()
+
+    def restart(self) -> None:
+        """Forget the answer so far: another worker answers the whole request. No limit begins anew."""
+        self.request = self._request
+        self.count = 0
 
     async def send(self, send: Generate, context: Context) -> Answer:
         """Send the request. After a migration the instances that were lost are asked only if there are no

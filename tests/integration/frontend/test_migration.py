@@ -208,6 +208,24 @@ async def test_an_answer_that_may_not_go_on_ends_with_an_error(
     assert len(events) >= 1
 
 
+@pytest.mark.parametrize(
+    "settings", [{"migration_limit": 1}, {"migration_limit": 3, "migration_max_seq_len": 30}]
+)
+async def test_whole_answer_beyond_the_limit_begins_again(
+    deployment: Deployment, settings: dict[str, int]
+) -> None:
+    """It begins with its first token, not with the one at which it moved."""
+    engines = await losing_engines(deployment, 3)
+    url = await deployment.frontend(**settings)
+    await until_healthy(url, 3)
+    _, unbroken = await complete(url)
+    engines.set(5, 50)
+    status, whole = await complete(url)
+    assert (status, whole["choices"]) == (200, unbroken["choices"])
+    assert whole["usage"]["total_tokens"] == unbroken["usage"]["total_tokens"]
+    assert sorted(request.get("answered_count", 0) for request in engines.requests) == [0, 0, 5]
+
+
 async def test_the_models_limit_counts_unless_the_frontend_has_one(deployment: Deployment) -> None:
     engines = await losing_engines(deployment, 2, migration_limit=1)
     by_model = await deployment.frontend()
