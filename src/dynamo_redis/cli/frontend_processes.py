@@ -169,6 +169,7 @@ class FrontendProcesses:
         self._running: set[FrontendProcess] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._replacing: asyncio.Task[None] | None = None
+        self._is_to_replace_again = False
         self._stopping = asyncio.Event()
         self._second_signal: signal.Signals | None = None
 
@@ -281,22 +282,43 @@ class FrontendProcesses:
         self._stopping.set()
 
     def _replace(self) -> None:
-        if self._stopping.is_set() or (self._replacing is not None and not self._replacing.done()):
+        if self._stopping.is_set():
+            return
+        if self._replacing is not None and not self._replacing.done():
+            log.info("SIGHUP: the frontend processes will be replaced once more, after this replacement")
+            self._is_to_replace_again = True
             return
         self._replacing = self._run(self._replace_all())
 
     async def _replace_all(self) -> None:
-        """Replace the processes one after another. Each serves until its successor does."""
-        log.info("SIGHUP: replacing the frontend processes, one after another")
+        """Replace the processes one after another. Each serves until its successor does.
+
+        A signal that comes meanwhile may announce a change that the first successors have not seen: all are
+        then replaced again.
+        """
+        while True:
+            self._is_to_replace_again = False
+            log.info("SIGHUP: replacing the frontend processes, one after another")
+            if await self._replace_each():
+                log.info("all frontend processes are replaced")
+            if not self._is_to_replace_again:
+                return
+
+    async def _replace_each(self) -> bool:
+        """Replace the process of each place. Return False if a successor does not start.
+
+        A place whose process has died is left out: the next one there is a new one anyway.
+        """
         for place in self._places:
             await place.began.wait()
             async with place.changing:
                 old = place.process
-                if old is None or not await self._succeed(place, old):
-                    return
-            old.terminate()
-            await old.wait(self._grace_s)
-        log.info("all frontend processes are replaced")
+                if old is not None and not await self._succeed(place, old):
+                    return False
+            if old is not None:
+                old.terminate()
+                await old.wait(self._grace_s)
+        return True
 
     async def _succeed(self, place: _Place, old: FrontendProcess) -> bool:
         """Start a successor of a process. Return False if it does not start: the old one goes on then."""

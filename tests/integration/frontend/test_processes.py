@@ -98,6 +98,21 @@ async def test_killed_process_is_started_again(programs: Programs) -> None:
         assert f'pid="{second}"' in (await http.get(f"{system}/metrics")).text
 
 
+async def test_no_hangup_is_lost(programs: Programs) -> None:
+    """Neither one that comes while a process is dead, nor one that comes during a replacement."""
+    frontend = programs.frontend("--frontend-processes", "2")
+    url = await frontend.url()
+    first, second = await serving_pids(url)
+    os.kill(first, signal.SIGKILL)
+    await frontend.until(rf"process {first} was killed by SIGKILL", in_err=True)
+    frontend.send(signal.SIGHUP)
+    await frontend.until("SIGHUP: replacing", in_err=True)
+    frontend.send(signal.SIGHUP)
+    await frontend.until("SIGHUP: .* will be replaced once more", in_err=True)
+    await frontend.until("(?s)all frontend processes are replaced.*all frontend processes", in_err=True)
+    await until_serving(url, 2, without=[first, second])
+
+
 async def test_dead_process_gets_no_connections(programs: Programs) -> None:
     """Its successors cannot start for some time, so all connections go to the other process."""
     frontend = programs.frontend("--frontend-processes", "2")
