@@ -136,6 +136,18 @@ def frontend_full(limit: int) -> ApiError:
     )
 
 
+def connections_full() -> ApiError:
+    """Make the 503 for a request that was not whole when its connection was closed in favour of another."""
+    return ApiError(
+        503,
+        "The frontend has as many connections as it may (DYN_HTTP_MAX_CONNECTIONS): send the request again, "
+        "in one piece.",
+        kind=_UNAVAILABLE,
+        code="overloaded",
+        retry_after_s=1.0,
+    )
+
+
 def registry_refuses(error: Exception) -> ApiError:
     """Make the 503 for a change that Redis does not take now."""
     return ApiError(

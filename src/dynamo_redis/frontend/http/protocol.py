@@ -15,7 +15,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from dynamo_redis.frontend.http.errors import ApiError
+from dynamo_redis.frontend.http.errors import ApiError, connections_full
 from dynamo_redis.frontend.http.framing import Application, framed, head_fault, sign_of_life
 from dynamo_redis.frontend.http.limits import MOST_UNPARSED_BYTES, Flow, HttpLimits
 
@@ -97,7 +97,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_send_timer()
         if self._probe_timer is not None:
             self._probe_timer.cancel()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # tells the newest request, which may wait behind the one that is served
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse received bytes, or keep them until they may be parsed."""
@@ -308,7 +311,7 @@ class HttpProtocol(HttpToolsProtocol):
     def evict(self) -> None:
         """Close the connection in favour of a new one."""
         if self._in_body or (self._in_head and self._head_bytes):
-            self._refuse(503, "Too many connections: send the request again, in one piece.")
+            self._refuse_by(connections_full())
         self.transport.close()
         self._watch_sending()
 
@@ -406,6 +409,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._receive_timer = None
 
     def _refuse(self, status: int, message: str) -> None:
+        self._refuse_by(ApiError(status, message))
+
+    def _refuse_by(self, error: ApiError) -> None:
         self._stop_receive_timer()
         if self.transport.is_closing():
             return
@@ -418,10 +424,9 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()  # during or after the response to a request that is not whole
             self._watch_sending()
             return
-        body = ApiError(status, message).body_bytes()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(
-            body
-        )
-        self.transport.write(STATUS_LINE[status] + head + body)
+        body = error.body_bytes()
+        lines = b"".join(b"%s: %s\r\n" % header for header in error.headers())
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + lines + b"\r\n" + body)
         self.transport.close()
         self._watch_sending()

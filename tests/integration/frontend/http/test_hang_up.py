@@ -32,14 +32,15 @@ class Endless:
             yield {"token_ids": [self._token_id]}
 
 
-async def post(url: str, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a request over a socket: the test controls reading and the connection's end."""
+async def post(
+    url: str, body: dict[str, Any], *, count: int = 1
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send a request `count` times over a socket: the test controls reading and the connection's end."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
     content = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi"}], **body}).encode()
-    writer.write(
-        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
-    )
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    writer.write((head + content) * count)
     return reader, writer
 
 
@@ -59,6 +60,26 @@ async def test_a_client_that_hangs_up_ends_its_request(frontend: Any, stream: bo
     await frontend.until(lambda: frontend.worker.ended == ["closed"])
     assert time.monotonic() - started < PROMPTLY_S
     assert frontend.worker.contexts[0].is_killed()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_client_that_pipelines_ends_its_request(
+    frontend: Any, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection's end reaches the request that is served, also with others behind it."""
+    frontend.worker.script = Endless()
+    reader, writer = await post(frontend.url, {"stream": stream}, count=3)
+    if stream:
+        await reader.readuntil(b"data: ")
+    await frontend.until(lambda: len(frontend.worker.requests) == 1)
+    writer.close()
+    await frontend.until(lambda: frontend.worker.ended == ["closed"])
+    assert frontend.worker.contexts[0].is_killed()
+    assert "Traceback" not in caplog.text
+    text = (await frontend.http.get("/metrics")).text
+    assert 'error_type="cancelled"' in text
+    assert 'error_type="internal"' not in text
+    assert len(frontend.worker.requests) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -210,6 +210,21 @@ async def test_idle_connection_is_evicted(open_frontend: Any) -> None:
         writer.close()
 
 
+async def test_evicted_request_is_an_overload(open_frontend: Any) -> None:
+    """A client that has sent a part of its request is told to send it again."""
+    frontend = await open_frontend(max_http_connections_count=1)
+    reader, writer = await connect(frontend)
+    writer.write(LIVE + LIVE[:10])
+    await reader.readuntil(b"live")
+    _, newcomer = await connect(frontend)
+    head, _, body = (await everything(reader)).removeprefix(b'"}').partition(b"\r\n\r\n")
+    for each in (writer, newcomer):
+        each.close()
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1" in head
+    assert json.loads(body)["error"]["code"] == "overloaded"
+
+
 async def test_connections_past_the_bound_are_refused(open_frontend: Any) -> None:
     frontend = await open_frontend(max_http_connections_count=1)
     release = asyncio.Event()
