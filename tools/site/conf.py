@@ -36,6 +36,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
         "docs/python-api",
         "docs/python-api/*",
         "docs/dynamo-names",
+        "docs/dynamo-llm-names",
         "docs/testing",
     ),
     "Work on it": (

@@ -7,7 +7,8 @@ mean equal prefixes. Both are xxh3_64, as Dynamo computes them:
     b_i = xxh3_64(tokens of block i as LE u32, seed)
     s_0 = b_0,   s_i = xxh3_64(LE u64 s_{i-1} ‖ LE u64 b_i, seed)
 
-with seed 1337, or `1337 + xxh3_64(name, 0)` for tokens that a LoRA adapter `name` reads.
+with seed 1337, or `1337 + xxh3_64(name, 0)` for tokens that a LoRA adapter `name` reads. A salt, which keeps
+requests apart that must not share blocks, adds `xxh3_64(salt, 1)` to the seed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def lora_seed(name: str) -> int:
     return (SEED + xxh3_64_intdigest(name.encode(), 0)) & _U64_MASK
 
 
+def salted_seed(cache_salt: str, seed: int = SEED) -> int:
+    """Return the seed for blocks that only requests with this salt may share."""
+    return (seed + xxh3_64_intdigest(cache_salt.encode(), 1)) & _U64_MASK
+
+
 def local_hashes(token_ids: Iterable[int], block_size: int, *, seed: int = SEED) -> list[int]:
     """Return the local hash of each whole block. Fastest on an `array('I')`.
 
@@ -40,12 +46,17 @@ def local_hashes(token_ids: Iterable[int], block_size: int, *, seed: int = SEED)
         token_ids if isinstance(token_ids, array) and token_ids.typecode == "I" else array("I", token_ids)
     )
     count = len(tokens) // block_size
-    if sys.byteorder == "big":
-        tokens = array("I", tokens)
-        tokens.byteswap()
-    whole = tokens.tobytes()[: count * block_size * 4]
+    whole = pack_tokens(tokens)[: count * block_size * 4]
     blocks = Struct(f"{block_size * 4}s" * count).unpack(whole)
     return list(map(xxh3_64_intdigest, blocks, repeat(seed)))
+
+
+def pack_tokens(token_ids: array[int]) -> bytes:
+    """Pack the tokens of an `array('I')` as four bytes each, little-endian."""
+    if sys.byteorder == "big":
+        token_ids = array("I", token_ids)
+        token_ids.byteswap()
+    return token_ids.tobytes()
 
 
 def chain(local: Iterable[int], parent: int | None = None, *, seed: int = SEED) -> list[int]:

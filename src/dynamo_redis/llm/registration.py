@@ -118,6 +118,20 @@ def register_model(
     )
 
 
+def fetch_model(remote_name: str, ignore_weights: bool = False) -> asyncio.Task[str]:
+    """Return the absolute path of a model's directory on this machine. Raises ModelError for the name of a
+    model on a hub: nothing is downloaded here. `ignore_weights` has no effect."""
+
+    path = Path(remote_name).absolute()
+
+    async def fetch() -> str:
+        if not await asyncio.to_thread(path.is_dir):
+            raise ModelError(f"{remote_name} is no directory on this machine, and nothing is downloaded")
+        return str(path)
+
+    return started(fetch())
+
+
 def unregister_model(endpoint: Endpoint, lora_name: str | None = None) -> asyncio.Task[None]:
     """Unregister the model that `register_model` has registered for the endpoint. Requests under way finish.
 
