@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import string
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from dynamo_redis.parsers.calls import Calls, ToolFormat
@@ -26,7 +26,7 @@ class AnswerParser:
     What begins like a call and is none is content.
     """
 
-    __slots__ = ("_calls", "_reader", "_reasoning", "_starts_inside", "_steps", "_tool")
+    __slots__ = ("_calls", "_reader", "_reasoning", "_starts_inside", "_steps", "_tool", "_whole")
 
     def __init__(
         self,
@@ -43,12 +43,13 @@ class AnswerParser:
 
         `starts_inside` says that the answer begins with reasoning, without its marker. `tools` are the JSON
         schemas of the parameters of the functions that may be called. Calls after `most_calls` are left out.
-        Without `streams`, a call is withheld until it is complete: feed the whole answer at once.
+        Without `streams` the answer is parsed at its end, and a call that is malformed has never begun.
         """
         self._tool = tool
         self._reasoning = reasoning
         self._starts_inside = starts_inside
         self._reader = Reader()
+        self._whole: list[str] | None = None if streams else []
         if new_id is None:
             new_id = _short_id if tool is not None and tool.short_ids else _long_id
         self._calls = Calls(self._reader, tools or {}, new_id, most_calls=most_calls, streams=streams)
@@ -60,8 +61,11 @@ class AnswerParser:
         """True once a call is complete."""
         return self._calls.count > 0
 
-    def feed(self, text: str) -> Sequence[Delta]:
+    def feed(self, text: str) -> list[Delta]:
         """Return the deltas that a piece of the answer completes."""
+        if self._whole is not None:
+            self._whole.append(text)
+            return []
         reader = self._reader
         if (makes := reader.makes) is not None and text and reader.gate(text) is None:
             return [makes(text)]
@@ -71,10 +75,12 @@ class AnswerParser:
         self._steps.send(None)
         return out
 
-    def finish(self) -> Sequence[Delta]:
+    def finish(self) -> list[Delta]:
         """Return the last deltas, at the end of the answer."""
         out: list[Delta] = []
         self._calls.out = out
+        if self._whole is not None:
+            self._reader.feed("".join(self._whole))
         self._reader.ended = True
         for _ in self._steps:
             pass

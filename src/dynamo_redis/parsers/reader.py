@@ -133,18 +133,19 @@ class Reader:
         while True:
             size = len(self.buffer)
             found = search(self.buffer, self.position)
+            is_last = found is None and self.ended
             if found is not None:
                 stop = found.start()
             else:
-                stop = size if self.ended else _partial_end(self.buffer, self.position, ends)
-            if stop > self.position or (self.ended and stop > self.mark + start):
+                stop = size if is_last else _partial_end(self.buffer, self.position, ends)
+            if stop > self.position or (is_last and stop > self.mark + start):
                 self.position = stop
                 give(self.buffer[self.mark + start : stop])
                 start = self.position - self.mark
             if found is not None:
                 self.position = found.end()
                 return found.group()
-            if self.ended:
+            if is_last:
                 return None
             if self.mark == size:
                 self.makes, self.gate = makes, gate

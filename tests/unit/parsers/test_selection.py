@@ -50,9 +50,7 @@ def test_names_go_before_the_template() -> None:
         ("deepseek_r1", "<｜Assistant｜></think>", False),
     ],
 )
-def test_the_prompt_tells_whether_an_answer_begins_with_reasoning(
-    name: str, prompt_end: str, inside: bool
-) -> None:
+def test_the_prompt_tells_whether_reasoning_has_begun(name: str, prompt_end: str, inside: bool) -> None:
     assert REASONING_FORMATS[name].begins_inside(prompt_end) is inside
 
 
