@@ -9,7 +9,7 @@ RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.installed-for-docs
 
-.PHONY: up test check format docs bench flame replay soak faults fuzz clean help
+.PHONY: up test check format proto docs bench flame replay soak faults fuzz clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -50,6 +50,11 @@ check: $(STAMP)  ## format, lint, types, layers
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+KSERVE := src/dynamo_redis/frontend/kserve
+proto: $(STAMP)  ## compile the .proto file of the KServe server, after a change of it
+	$(BIN)/python -m grpc_tools.protoc -I$(KSERVE) --descriptor_set_out=$(KSERVE)/inference.binpb \
+	    --pyi_out=$(KSERVE) $(KSERVE)/inference.proto
 
 docs: $(DOCS)    ## the pages as a site in .site/; a dead link is an error (ARGS="-b linkcheck" asks the web, too)
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c tools/site . .site $(ARGS)

@@ -87,7 +87,7 @@ class Deployment:
         await self._started(runtime, serving, ready)
         return mock
 
-    async def frontend(self, **settings: Any) -> str:
+    async def frontend(self, on_grpc_ready: Callable[[int], None] | None = None, /, **settings: Any) -> str:
         runtime = await self.open_runtime()
         ready = asyncio.Event()
         urls: list[str] = []
@@ -98,7 +98,9 @@ class Deployment:
 
         given = {"http_host": "127.0.0.1", "http_port": 0, "model_cache": self.cache, **settings}
         serving = asyncio.create_task(
-            serve_frontend(runtime, FrontendSettings.load(**given), on_ready=on_ready)
+            serve_frontend(
+                runtime, FrontendSettings.load(**given), on_ready=on_ready, on_grpc_ready=on_grpc_ready
+            )
         )
         await self._started(runtime, serving, ready)
         return urls[0]

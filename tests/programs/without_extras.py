@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-EXTRAS = {"aiohttp", "httptools", "jinja2", "opentelemetry", "starlette", "tokenizers", "uvicorn", "zmq"}
+EXTRAS = {
+    "aiohttp", "google", "grpc", "httptools", "jinja2", "opentelemetry", "starlette", "tokenizers", "uvicorn",
+    "zmq",
+}  # fmt: skip
 
 
 class Absent:

@@ -31,6 +31,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
     "Build on it": (
         "docs/http-api",
         "docs/parameters",
+        "docs/kserve",
         "docs/write-your-engine",
         "docs/engines",
         "docs/python-api",

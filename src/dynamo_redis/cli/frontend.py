@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _LONGEST_PATH = 60
 
+GRPC_OPTION = "--grpc-port (DYN_GRPC_PORT)"
+
 
 @click.command("frontend", cls=SettingsCommand)
 @click.option("--listener-fd", "listener_fd", type=int, hidden=True)
@@ -63,6 +65,8 @@ def frontend(listener_fd: int | None, siblings: Path | None, **options: str | No
     settings = load(FrontendSettings, options)
     router_settings = load(RouterSettings, options)
     load(PlaneSettings, options).require_one_plane()
+    if settings.kserve_grpc_server:
+        require_extra("kserve")
     listener: socket.socket | None = None
     if listener_fd is not None and siblings is not None:
         from dynamo_redis.cli.frontend_processes import end_with_parent
@@ -108,10 +112,16 @@ def _run_processes(settings: FrontendSettings, options: Mapping[str, str | None]
     for sentence in unknown_settings().values():
         log.warning("%s", sentence)
     port = SharedPort(settings.http_host, settings.http_port)
+    environment = _environment(options)
+    grpc_port: SharedPort | None = None
+    if settings.kserve_grpc_server:
+        grpc_port = SharedPort(settings.http_host, settings.grpc_port, GRPC_OPTION)
+        grpc_port.open().close()  # each process has a socket of grpcio's own
+        environment[env_name(FrontendSettings.model_fields["grpc_port"])] = str(grpc_port.number)
 
     async def main(siblings: Path) -> int:
         count = settings.frontend_processes_count
-        processes = FrontendProcesses(port, count, siblings, _environment(options), runtime.drain_s)
+        processes = FrontendProcesses(port, count, siblings, environment, runtime.drain_s)
         if system.system_port < 0:
             return await processes.run(announce_ready)
         from dynamo_redis.cli.frontend_health import serve_system_port
@@ -124,7 +134,11 @@ def _run_processes(settings: FrontendSettings, options: Mapping[str, str | None]
     with tempfile.TemporaryDirectory(
         prefix="dynamo-redis-", dir=short, ignore_cleanup_errors=True
     ) as directory:
-        return asyncio.run(main(Path(directory)))
+        try:
+            return asyncio.run(main(Path(directory)))
+        finally:
+            if grpc_port is not None:
+                grpc_port.close()
 
 
 def _environment(options: Mapping[str, str | None]) -> dict[str, str]:

@@ -70,6 +70,14 @@ class FrontendSettings(SettingsGroup):
         "Frontend processes on that port. One uses one core. Limits of connections, bodies and requests are "
         "those of each process.",
     )
+    kserve_grpc_server: bool = setting(
+        "DYN_KSERVE_GRPC_SERVER",
+        False,
+        "Serve the KServe v2 inference protocol over gRPC, beside HTTP. It needs `dynamo-redis[kserve]`.",
+    )
+    grpc_port: Port = setting(
+        "DYN_GRPC_PORT", 8787, "Port of the KServe server, at the address of HTTP; 0 takes a free one."
+    )
     router_mode: Literal["round_robin", "random", "p2c", "least_loaded", "kv"] = setting(
         "DYN_ROUTER_MODE",
         "round_robin",

@@ -10,6 +10,7 @@ from dynamo_redis.frontend.forms.base import ErrorForm, ResponseForm
 from dynamo_redis.frontend.forms.chat import ChatForm
 from dynamo_redis.frontend.forms.completions import OPENAI_ERRORS
 from dynamo_redis.frontend.forms.text import TextForm
+from dynamo_redis.frontend.http.bodies import Body
 from dynamo_redis.frontend.observation import Kind
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
@@ -25,6 +26,8 @@ class Api:
     form: Callable[[str, CompletionOptions], ResponseForm]
     """Makes the form of a response from the model's name and the options."""
     errors: ErrorForm = OPENAI_ERRORS
+    read: Callable[[list[bytearray]], Body] | None = None
+    """Reads a body that is no JSON, given in pieces. Raises ApiError."""
 
     @property
     def renders(self) -> bool:

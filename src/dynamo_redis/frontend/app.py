@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,7 +18,7 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.exposition import CONTENT_TYPE, Source, render
 from dynamo_redis.frontend.administration import changes_state, refuse_members
 from dynamo_redis.frontend.admission import Admission
-from dynamo_redis.frontend.apis import APIS
+from dynamo_redis.frontend.apis import APIS, Api
 from dynamo_redis.frontend.busy_requests import busy_threshold
 from dynamo_redis.frontend.completions import Completions
 from dynamo_redis.frontend.health import health
@@ -43,9 +43,10 @@ def make_app(
     registry: Registry,
     clear_caches: ClearCaches,
     process_metrics: Source = tuple,
+    grpc_apis: Iterable[Api] = (),
 ) -> ASGIApp:
     """Return the ASGI application. The caller makes and ends its parts. `process_metrics` are shown beside
-    those of the frontend itself."""
+    those of the frontend itself. `grpc_apis` are served to scopes of the type `grpc`, by their paths."""
 
     async def list_models(_: Request) -> Response:
         listed = [_describe(model) for model in models.served()]
@@ -80,9 +81,11 @@ def make_app(
     bodies = BodyBudget(int(settings.max_bodies_bytes))
     metrics = FrontendMetrics()
 
-    served = {
-        api.path: Completions(api, models, preparation, bodies, settings, metrics, admission) for api in APIS
-    }
+    def completions(api: Api) -> Completions:
+        return Completions(api, models, preparation, bodies, settings, metrics, admission)
+
+    served = {api.path: completions(api) for api in APIS}
+    calls = {api.path: completions(api) for api in grpc_apis}
     app = Starlette(
         routes=[
             Route("/v1/models", list_models),
@@ -105,6 +108,8 @@ def make_app(
         """Call the completions without the router and its layers, which take part in each write: a tenth of
         the frontend's time."""
         direct = served.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if scope["type"] == "grpc":
+            direct = calls[scope["path"]]
         await (direct or app)(scope, receive, send)
 
     return serve

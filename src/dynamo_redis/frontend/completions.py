@@ -35,6 +35,9 @@ from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context, current_request
 
+TIMEOUT_S = "dynamo_redis.timeout_s"
+"""The key in a scope of the client's own limit of the request's time, in seconds, or None."""
+
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,128})?")
 
@@ -89,7 +92,11 @@ class Completions:
                 traceparent = str(value, "latin-1")
         request_id = request_id or uuid.uuid4().hex
         headers = [(b"x-request-id", request_id.encode())]
-        deadline = None if self._timeout_s is None else started_at + self._timeout_s
+        timeout_s = min(
+            (limit_s for limit_s in (self._timeout_s, scope.get(TIMEOUT_S)) if limit_s is not None),
+            default=None,
+        )
+        deadline = None if timeout_s is None else started_at + timeout_s
         context = Context(request_id, deadline=deadline, traceparent=traceparent)
         current_request.set(context)
         observation: Observation | None = scope.get(OBSERVATION)
@@ -97,7 +104,7 @@ class Completions:
             observation.begin(self._api.kind, context)
         try:
             check_headers(scope["headers"])
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 body, model, requests = await self._read(scope, receive, place)
         except ClientGone:
             return
@@ -151,7 +158,10 @@ class Completions:
         with self._bodies.hold() as held:
             content = await read_limited(scope, receive, self._limit_bytes, held)
             await place.take()  # the time-out of the reading bounds the wait, too
-            body = await self._preparation.read(self._api.body, content)
+            if self._api.read is not None:
+                body = self._api.read(content)
+            else:
+                body = await self._preparation.read(self._api.body, content)
             del content
             if body.choice_count > self._max_choices_count:
                 raise too_many_choices(body.choice_count, self._max_choices_count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,9 @@ from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.http.port import bind, url_of
-from dynamo_redis.frontend.http.server import run_server
+from dynamo_redis.frontend.http.server import kserve_apis, run_server
+from dynamo_redis.frontend.kserve.metadata import Metadata
+from dynamo_redis.frontend.kserve.server import serving_kserve
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.tokens import Tokenizer
@@ -241,6 +243,7 @@ class Frontend:
     http: httpx.AsyncClient
     client: openai.AsyncOpenAI
     shutdown: asyncio.Event
+    grpc_port: int = 0
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition is true. The test's own time-out bounds the wait."""
@@ -315,7 +318,15 @@ async def _frontend(
             lease_ttl_s=1.0,
             tokenizer=settings.tokenizer,
         ) as models:
-            app = make_app(models, preparation, settings, runtime.registry, runtime.clear_caches)
+            app = make_app(
+                models,
+                preparation,
+                settings,
+                runtime.registry,
+                runtime.clear_caches,
+                grpc_apis=kserve_apis() if settings.kserve_grpc_server else (),
+            )
+            metadata = Metadata(models, runtime.registry)
             serving = asyncio.create_task(
                 run_server(
                     app,
@@ -329,11 +340,16 @@ async def _frontend(
             await accepting.wait()
             url = url_of(listener)
             async with (
+                (
+                    serving_kserve(app, metadata, settings, wait_for_shutdown, 2)
+                    if settings.kserve_grpc_server
+                    else nullcontext(0)
+                ) as grpc_port,
                 httpx.AsyncClient(base_url=url, timeout=20) as http,
                 openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
             ):
-                yield Frontend(url, models, runtime, worker, http, client, shutdown)
-            shutdown.set()
+                yield Frontend(url, models, runtime, worker, http, client, shutdown, grpc_port)
+                shutdown.set()
             await serving
     await preparation.aclose()
 

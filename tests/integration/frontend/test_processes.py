@@ -23,6 +23,7 @@ from tests.frontend_programs import (
     until_served_everywhere,
     until_serving,
 )
+from tests.kserve_client import infer_request, kserve_client
 from tests.processes import is_alive
 
 LONG = {
@@ -60,6 +61,25 @@ async def test_processes_share_a_port(programs: Programs, deployment: Deployment
     assert sum(float(count) for _, count in counts) == 40
     assert {int(pid) for pid, _ in counts} == pids
     assert text.count("# TYPE dynamo_frontend_requests_total ") == 1
+    frontend.send(signal.SIGTERM)
+    assert await frontend.ended() == 0
+
+
+async def test_processes_share_the_port_of_kserve(programs: Programs, deployment: Deployment) -> None:
+    await deployment.worker()
+    options = ("--frontend-processes", "2", "--kserve-grpc-server", "--grpc-port", "0")
+    frontend = programs.frontend(*options)
+    url = await frontend.url()
+    port = int((await frontend.until(r"KServe over gRPC on 127\.0\.0\.1:(\d+)", in_err=True))[1])
+    await until_served_everywhere(url)
+    for _ in range(8):
+        async with kserve_client(port) as client:
+            answer = await client.answer(infer_request(parameters={"max_tokens": 2}))
+            assert answer.model_name == "demo"
+    other = programs.frontend(*options[:-1], str(port))
+    assert await other.ended() == 2
+    assert f"port {port} is in use" in other.err
+    assert "--grpc-port" in other.err
     frontend.send(signal.SIGTERM)
     assert await frontend.ended() == 0
 

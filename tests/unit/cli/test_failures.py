@@ -135,6 +135,7 @@ WITHOUT_EXTRAS = PROGRAMS / "without_extras.py"
     [
         (["worker", "mock"], "http"),
         (["frontend", "--http-port", "0"], "http"),
+        (["frontend", "--http-port", "0", "--kserve-grpc-server"], "kserve"),  # which brings http along
         (["worker", "openai", "--model-path", "."], "engines"),  # which brings http along
     ],
 )

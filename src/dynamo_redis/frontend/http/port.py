@@ -17,8 +17,13 @@ _BALANCES: Final = sys.platform == "linux"
 one."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address, not listening yet. Raises ConfigError, which says what to do."""
+HTTP_OPTION: Final = "--http-port (DYN_HTTP_PORT)"
+
+
+def bind(host: str, port: int, option: str = HTTP_OPTION) -> socket.socket:
+    """Return a socket bound to an address, not listening yet. Raises ConfigError, which says what to do.
+
+    `option` is the one that has the port."""
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -33,7 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as exc:
         listener.close()
-        raise _refused(host, port, exc) from exc
+        raise _refused(host, port, option, exc) from exc
     listener.setblocking(False)
     return listener
 
@@ -58,9 +63,9 @@ class SharedPort:
     frontend, is an error. A program of the same user that sets SO_REUSEPORT itself could still join later.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, option: str = HTTP_OPTION) -> None:
         """Reserve the port; 0: a free one. Raises ConfigError if it cannot be had."""
-        self._first: socket.socket | None = bind(host, port)
+        self._first: socket.socket | None = bind(host, port, option)
         try:
             self._first.listen(BACKLOG)
             self._address = self._first.getsockname()
@@ -73,7 +78,7 @@ class SharedPort:
                 self._reserve = self._first.dup()
         except OSError as exc:
             self._first.close()
-            raise _refused(host, port, exc) from exc
+            raise _refused(host, port, option, exc) from exc
 
     def open(self) -> socket.socket:
         """Return a socket for a further process, which listens on it. Raises OSError."""
@@ -87,6 +92,12 @@ class SharedPort:
         self._reserve.close()
         if self._first is not None:
             self._first.close()
+
+    @property
+    def number(self) -> int:
+        """The number of the port."""
+        port: int = self._address[1]
+        return port
 
     @property
     def url(self) -> str:
@@ -105,14 +116,12 @@ class SharedPort:
         return another
 
 
-def _refused(host: str, port: int, exc: OSError) -> ConfigError:
+def _refused(host: str, port: int, option: str, exc: OSError) -> ConfigError:
     if exc.errno == errno.EADDRINUSE:
         return ConfigError(
-            f"port {port} is in use: stop the program that has it, or choose another with --http-port "
-            "(DYN_HTTP_PORT); 0 takes a free one"
+            f"port {port} is in use: stop the program that has it, or choose another with {option}; 0 takes "
+            "a free one"
         )
     if exc.errno == errno.EACCES:
-        return ConfigError(
-            f"port {port} needs a privilege: choose one above 1023 with --http-port (DYN_HTTP_PORT)"
-        )
+        return ConfigError(f"port {port} needs a privilege: choose one above 1023 with {option}")
     return ConfigError(f"cannot listen on {host}:{port}: {exc.strerror}: set --http-host (DYN_HTTP_HOST)")

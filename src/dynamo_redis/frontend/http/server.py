@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cache
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
 from dynamo_redis.frontend.http.acceptor import Acceptor
@@ -49,15 +50,17 @@ async def serve_frontend(
     router_settings: RouterSettings | None = None,
     *,
     on_ready: Callable[[str], None] | None = None,
+    on_grpc_ready: Callable[[int], None] | None = None,
     listener: socket.socket | None = None,
     siblings: Path | None = None,
 ) -> None:
     """Serve HTTP until the runtime shuts down; then finish requests under way, within the runtime's grace.
 
     `on_ready` is called with the server's URL once it accepts connections; models may not be loaded yet.
-    `listener` is a bound socket, which is closed here. Without one the port of the settings is bound first;
-    raises ConfigError if that fails. `siblings` is the directory of the sockets of all processes that listen
-    on this port, if there are others. `router_settings` are used in the router mode `kv`; None: those of the
+    Before that, `on_grpc_ready` is called with the port of the KServe server, if there is one. `listener` is
+    a bound socket, which is closed here. Without one the port of the settings is bound first; raises
+    ConfigError if that fails. `siblings` is the directory of the sockets of all processes that listen on this
+    port, if there are others. `router_settings` are used in the router mode `kv`; None: those of the
     environment.
     """
 
@@ -90,15 +93,21 @@ async def serve_frontend(
                     runtime.registry,
                     partial(_clear_caches, runtime, models),
                     runtime.metrics,
+                    grpc_apis=kserve_apis() if settings.kserve_grpc_server else (),
                 )
-                with contextlib.ExitStack() as stack:
+                async with contextlib.AsyncExitStack() as stack:
                     sockets = [listener]
                     if siblings is not None:
                         sockets.append(stack.enter_context(sibling_socket(siblings)))
                         app = with_all_metrics(app, siblings)
                         await _load_first(runtime, models)
+                    app = observed(app, logs=settings.access_log)
+                    if settings.kserve_grpc_server:
+                        port = await stack.enter_async_context(_kserve_server(app, models, settings, runtime))
+                        if on_grpc_ready is not None:
+                            on_grpc_ready(port)
                     await run_server(
-                        observed(app, logs=settings.access_log),
+                        app,
                         sockets,
                         runtime.wait_for_shutdown,
                         settings,
@@ -109,6 +118,28 @@ async def serve_frontend(
             listing.cancel()
             await asyncio.gather(listing, return_exceptions=True)
             await preparation.aclose()
+
+
+def kserve_apis() -> tuple[Api, ...]:
+    """Return the APIs of the KServe server."""
+    from dynamo_redis.frontend.kserve.apis import INFER, STREAM_INFER  # needs the extra
+
+    return INFER, STREAM_INFER
+
+
+def _kserve_server(
+    app: ASGIApp, models: LiveModels, settings: FrontendSettings, runtime: DistributedRuntime
+) -> contextlib.AbstractAsyncContextManager[int]:
+    from dynamo_redis.frontend.kserve.metadata import Metadata  # needs the extra
+    from dynamo_redis.frontend.kserve.server import serving_kserve
+
+    return serving_kserve(
+        app,
+        Metadata(models, runtime.registry),
+        settings,
+        runtime.wait_for_shutdown,
+        runtime.shutdown_deadline.requests_left_s,
+    )
 
 
 async def _load_first(runtime: DistributedRuntime, models: LiveModels) -> None:
