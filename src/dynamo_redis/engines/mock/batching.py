@@ -13,8 +13,8 @@ sequence that does not fit alone is not accepted. That guarantees progress.
 **Timing.** The default numbers are those of a model of 8 billion parameters (bf16) on one H100-class GPU:
 
 - `decode_step_s` 8 ms a step: 16 GB of weights at 3.35 TB/s take 5 ms, and launches and sampling the rest;
-- `decode_sequence_s` 0.03 ms for each decoding sequence in the step: the GPU reads its keys and values (130 KB
-  a token of context; about 800 tokens);
+- `decode_sequence_s` 0.03 ms for each decoding sequence in the step: the GPU reads its keys and values (130
+  KB a token of context; about 800 tokens);
 - `prefill_token_s` 0.05 ms a prompt token: 16 GFLOP at a third of the peak, or 20,000 tokens a second.
 
 One request alone gets 125 tokens a second, each of 256 at once gets 64, and the prefill of a new prompt of
