@@ -16,6 +16,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -64,11 +65,11 @@ HERE_MESSAGE_COUNT: Final = 64
 """The most messages of such a conversation: each takes some 10 to 30 µs."""
 
 HERE_LIMITS: Final = RenderLimits(0.05, 2 << 20)
-"""The limits of a rendering on the event loop. The time is far above what one takes: the machine may be
-busy."""
+"""The limits of a rendering on the event loop. The time is far above what one takes, since the
+machine may be busy."""
 
 MOST_OVERRUNS: Final = 8
-"""Renderings over these limits after which a template renders in its process only."""
+"""Renderings that take too long after which a template renders in its process only."""
 
 _COMMAND: Final = (sys.executable, "-P", "-m", "dynamo_redis.templates")
 
@@ -115,6 +116,11 @@ class ChatTemplate:
     def has_process(self) -> bool:
         """True if a process of these templates runs, or is about to start."""
         return self._small.is_running or self._large.is_running
+
+    @property
+    def renders_here(self) -> bool:
+        """True if small conversations are rendered in this process."""
+        return self._here is not None
 
     @property
     def job_count(self) -> int:
@@ -202,7 +208,12 @@ class ChatTemplate:
     def _render_here(
         self, templates: CompiledTemplates, conversation: bytes | bytearray
     ) -> bytearray | MaskedText | None:
-        """Render a conversation in this process; None if that is left to the other one."""
+        """Render a conversation in this process; None if that is left to the other one.
+
+        A template is held to the processor's time that it took: the machine may be busy, and a long
+        conversation may need more memory than it has here.
+        """
+        started_s = time.thread_time()
         try:
             arguments = json.loads(conversation)
             if len(arguments["messages"]) > HERE_MESSAGE_COUNT:
@@ -211,7 +222,7 @@ class ChatTemplate:
             text = bytearray(prompt.encode())
             return MaskedText(text, prompt.mask) if prompt.mask else text
         except Runaway:
-            self._overrun_count += 1
+            self._overrun_count += time.thread_time() - started_s > HERE_LIMITS.time_s / 2
             if self._overrun_count >= MOST_OVERRUNS:
                 self._here = None
         except TemplateError:

@@ -3,12 +3,12 @@
 Jinja's syntax tree tells. A template is quick if it uses only the operations that are named here. Each of
 them takes a time in proportion to its operands; the sandbox limits the sizes of these, and checks the time
 between two operations. No list can be made of lists, so a comparison takes no longer than its texts are long.
-Macros, recursive loops, powers, products and most filters are not among these operations.
+Recursive loops, powers, products and most filters are not among these operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from jinja2 import nodes
@@ -17,12 +17,15 @@ from dynamo_redis.templates.sandbox import TemplateEnvironment
 
 _OTHERS: Final = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.If, nodes.Assign, nodes.ExprStmt),
-    *(nodes.Break, nodes.Continue, nodes.Name, nodes.NSRef, nodes.Const, nodes.Getattr, nodes.Getitem),
+    *(nodes.Break, nodes.Continue, nodes.Macro, nodes.NSRef, nodes.Const, nodes.Getattr, nodes.Getitem),
     *(nodes.Slice, nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Neg),
     *(nodes.Add, nodes.Sub, nodes.Mod, nodes.Concat, nodes.Keyword),
     nodes.EnvironmentAttribute,  # the sandbox's own check of the time
 )
 _CONSTANT: Final = (nodes.Const, nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair)
+
+_NAMES_OF_LISTS: Final = {"caller", "kwargs", "varargs"}
+"""Names inside a macro that gather its arguments."""
 
 _FUNCTIONS: Final = {"namespace", "raise_exception", "strftime_now"}
 _METHODS: Final = {
@@ -53,7 +56,8 @@ def is_quick(source: str) -> bool:
         tree = TemplateEnvironment().parse(source)
     except Exception:  # noqa: BLE001 - Jinja's own errors, and Python's for too deep nesting
         return False
-    return all(_is_quick(node) for node in _walk(tree))
+    callable_names = _FUNCTIONS.union(macro.name for macro in tree.find_all(nodes.Macro))
+    return all(_is_quick(node, callable_names) for node in _walk(tree))
 
 
 def _walk(tree: nodes.Node) -> Iterator[nodes.Node]:
@@ -66,14 +70,20 @@ def _walk(tree: nodes.Node) -> Iterator[nodes.Node]:
             pending.extend(node.iter_child_nodes())
 
 
-def _is_quick(node: nodes.Node) -> bool:
+def _is_quick(node: nodes.Node, callable_names: Collection[str]) -> bool:
     match node:
+        case nodes.Name():
+            return node.name not in _NAMES_OF_LISTS
         case nodes.List() | nodes.Tuple() | nodes.Dict():
             return all(isinstance(each, _CONSTANT) for each in node.find_all(nodes.Node)) or _is_target(node)
         case nodes.For():
             return not node.recursive
         case nodes.Call():
-            return node.dyn_args is None and node.dyn_kwargs is None and _is_quick_callee(node.node)
+            return (
+                node.dyn_args is None
+                and node.dyn_kwargs is None
+                and _is_quick_callee(node.node, callable_names)
+            )
         case nodes.Filter():
             return node.dyn_args is None and node.dyn_kwargs is None and node.name in _FILTERS
         case nodes.Test():
@@ -82,10 +92,10 @@ def _is_quick(node: nodes.Node) -> bool:
             return isinstance(node, _OTHERS)
 
 
-def _is_quick_callee(callee: nodes.Node) -> bool:
+def _is_quick_callee(callee: nodes.Node, names: Collection[str]) -> bool:
     match callee:
         case nodes.Name():
-            return callee.name in _FUNCTIONS
+            return callee.name in names
         case nodes.Getattr():
             return callee.attr in _METHODS
         case _:

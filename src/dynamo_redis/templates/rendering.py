@@ -156,6 +156,7 @@ class _Variant:
         self._environment = environment
         try:
             self._template = environment.from_string(source)
+            self._template.globals = dict(self._template.globals)  # each rendering copies them
         except Exception as exc:  # Jinja's own errors, and Python's for too deep nesting
             reason = " ".join(str(getattr(exc, "message", None) or str(exc) or type(exc).__name__).split())
             line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
