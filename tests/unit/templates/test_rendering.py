@@ -20,7 +20,7 @@ USER: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 def chat(
     source: str, config: dict[str, Any] | None = None, limits: RenderLimits = RENDER_LIMITS, **named: str
 ) -> CompiledTemplates:
-    return CompiledTemplates({"default": source, **named}, config or {}, limits)
+    return CompiledTemplates({"default": source, **named}, config or {}, limits=limits)
 
 
 def test_text_parts_are_joined_for_a_template_that_expects_text() -> None:
