@@ -1,0 +1,182 @@
+"""A text that arrives in pieces, read by generators as if it were whole.
+
+A step of a parser is a generator: it yields when it needs more text, and is resumed once some has arrived or
+the text has ended. No step looks at where a piece ends, so the result is the same for all pieces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterable
+from functools import lru_cache
+from typing import Final, TypeVar
+
+from dynamo_redis.parsers.deltas import Delta
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+
+_SPACE: Final = re.compile(r"\s*")
+
+
+class Malformed(Exception):
+    """The text from here on is not in the format. The reader's position is where it breaks the format."""
+
+
+class Reader:
+    """The part of a text that has arrived and is still needed."""
+
+    __slots__ = ("buffer", "ended", "gate", "makes", "mark", "position", "start")
+
+    def __init__(self) -> None:
+        self.buffer = ""
+        self.position = 0
+        """The index in `buffer` of the next character to read."""
+        self.mark = 0
+        """The index of the first character that is neither given to the client nor dropped."""
+        self.start = 0
+        """The index of the first character of a value that is not yet given."""
+        self.ended = False
+        """True once no further text comes."""
+        self.makes: Callable[[str], Delta] | None = None
+        """Makes the delta of further text, while that contains no character of the gate."""
+        self.gate: Callable[[str], object] = _nothing
+        """Returns something else than None for a text in which a marker may begin."""
+
+    def feed(self, text: str) -> None:
+        """Append a piece."""
+        self.buffer = self.buffer[self.mark :] + text
+        self.position -= self.mark
+        self.start -= self.mark
+        self.mark = 0
+
+    def drop(self) -> None:
+        """Leave out the text from the mark to the position: it is part of the format."""
+        self.mark = self.position
+
+    # ----------------------------------------------------------------- steps
+
+    def more(self) -> Steps[None]:
+        """Wait for more text. Raises Malformed if it has ended."""
+        if self.ended:
+            raise Malformed
+        yield
+
+    def peek(self) -> Steps[str]:
+        """Return the next character, or "" at the end."""
+        while self.position == len(self.buffer) and not self.ended:
+            yield
+        return self.buffer[self.position : self.position + 1]
+
+    def skip(self, pattern: re.Pattern[str]) -> Steps[None]:
+        """Read past all that matches a pattern of one character, repeated."""
+        while True:
+            match = pattern.match(self.buffer, self.position)
+            assert match is not None
+            self.position = match.end()
+            if self.position < len(self.buffer) or self.ended:
+                return
+            yield
+
+    def skip_space(self) -> Steps[None]:
+        """Read past white space."""
+        return self.skip(_SPACE)
+
+    def optional(self, literal: str) -> Steps[bool]:
+        """Read past a literal if it comes next. Return whether it did."""
+        while not self.buffer.startswith(literal, self.position):
+            if self.ended or not literal.startswith(self.buffer[self.position :]):
+                return False
+            yield
+        self.position += len(literal)
+        return True
+
+    def expect(self, literal: str) -> Steps[None]:
+        """Read past a literal. Raises Malformed if another text comes next."""
+        if not (yield from self.optional(literal)):
+            raise Malformed
+
+    def until(self, ends: tuple[str, ...], limit: int) -> Steps[tuple[str, str]]:
+        """Return the text before the first of several ends, and the end, which is read.
+
+        Raises Malformed if there are more than `limit` characters before it.
+        """
+        search, _ = _compile(ends)
+        longest = max(map(len, ends))
+        while True:
+            found = search(self.buffer, self.position, self.position + limit + longest)
+            if found is not None and found.start() - self.position <= limit:
+                text = self.buffer[self.position : found.start()]
+                self.position = found.end()
+                return text, found.group()
+            if len(self.buffer) - self.position >= limit + longest:
+                raise Malformed
+            yield from self.more()
+
+    def pass_until(
+        self,
+        ends: tuple[str, ...],
+        give: Callable[[str], None],
+        *,
+        makes: Callable[[str], Delta] | None = None,
+        withheld: bool = False,
+    ) -> Steps[str | None]:
+        """Give the text before the first of several ends, as it comes. Return the end, which is read; None if
+        the text has ended.
+
+        `give` moves the mark, if it gives the text to the client. `makes` does what `give` does for text with
+        no beginning of an end, without the reader. With `withheld`, the text between mark and
+        position is white space that is given before other text, and left out before an end.
+        """
+        search, gate = _compile(ends)
+        start = 0 if withheld else self.position - self.mark
+        while True:
+            size = len(self.buffer)
+            found = search(self.buffer, self.position)
+            is_last = found is None and self.ended
+            if found is not None:
+                stop = found.start()
+            else:
+                stop = size if is_last else _partial_end(self.buffer, self.position, ends)
+            if stop > self.position or (is_last and stop > self.mark + start):
+                self.position = stop
+                give(self.buffer[self.mark + start : stop])
+                start = self.position - self.mark
+            if found is not None:
+                self.position = found.end()
+                return found.group()
+            if is_last:
+                return None
+            if self.mark == size:
+                self.makes, self.gate = makes, gate
+            yield
+            self.makes = None
+
+
+def _nothing(_: str) -> None:
+    """Find nothing."""
+
+
+@lru_cache(maxsize=256)
+def _compile(
+    ends: tuple[str, ...],
+) -> tuple[Callable[..., re.Match[str] | None], Callable[[str], object]]:
+    """Return the search for any of some literals, and that for a character with which one begins."""
+    if not ends:
+        return re.compile("(?!)").search, _nothing
+    first = "".join(sorted({end[0] for end in ends}))
+    return (
+        re.compile("|".join(re.escape(end) for end in ends)).search,
+        re.compile(f"[{re.escape(first)}]").search,
+    )
+
+
+def _partial_end(text: str, start: int, ends: Iterable[str]) -> int:
+    """Return the index at which the text's own end may be the beginning of one of these; else its length."""
+    kept = len(text)
+    for end in ends:
+        for at in range(max(start, len(text) - len(end) + 1), kept):
+            if end.startswith(text[at:]):
+                kept = at
+                break
+    return kept
