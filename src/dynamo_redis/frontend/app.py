@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,7 +23,7 @@ from dynamo_redis.frontend.apis import APIS, Api
 from dynamo_redis.frontend.busy_requests import busy_threshold
 from dynamo_redis.frontend.completions import Completions
 from dynamo_redis.frontend.health import health
-from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid
+from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, shutting_down
 from dynamo_redis.frontend.http.request_body import BodyBudget
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics
 from dynamo_redis.frontend.metrics.text import FrontendReading, ServedModel, families
@@ -110,7 +111,14 @@ def make_app(
         direct = served.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if scope["type"] == "grpc":
             direct = calls[scope["path"]]
-        await (direct or app)(scope, receive, send)
+        if direct is not None:
+            await direct(scope, receive, send)
+            return
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:  # by the server, at the end of its shutdown
+            with suppress(RuntimeError):  # the response has begun
+                await _error(shutting_down())(scope, receive, send)
 
     return serve
 

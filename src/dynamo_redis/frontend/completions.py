@@ -19,7 +19,7 @@ from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder
 from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.choices import CompletionChoice
 from dynamo_redis.frontend.exchange import Exchange
-from dynamo_redis.frontend.http.errors import ApiError, api_error, too_many_choices
+from dynamo_redis.frontend.http.errors import ApiError, api_error, shutting_down, too_many_choices
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
 from dynamo_redis.frontend.http.responses import send_json
@@ -108,11 +108,8 @@ class Completions:
                 body, model, requests = await self._read(scope, receive, place)
         except ClientGone:
             return
-        except (TimeoutError, ApiError, DynamoRedisError) as exc:
-            late = DeadlineExceeded("the request was not read and tokenized before its deadline")
-            error = api_error(late if isinstance(exc, TimeoutError) else exc).with_overload_as(
-                self._overload_status
-            )
+        except (TimeoutError, ApiError, DynamoRedisError, asyncio.CancelledError) as exc:
+            error = _refusal(exc).with_overload_as(self._overload_status)
             self._metrics.refuse(self._api.kind, error)
             if observation is not None:
                 observation.error_type = error_type(error)
@@ -214,3 +211,12 @@ class Completions:
 
         form = self._api.form(model.name, body)
         return Exchange(form, choices, generate, record, self._overload_status)
+
+
+def _refusal(error: Exception | asyncio.CancelledError) -> ApiError:
+    """Return the response for an error of reading a request. It is cancelled when the server has to end."""
+    if isinstance(error, asyncio.CancelledError):
+        return shutting_down()
+    if isinstance(error, TimeoutError):
+        return api_error(DeadlineExceeded("the request was not read and tokenized before its deadline"))
+    return api_error(error)

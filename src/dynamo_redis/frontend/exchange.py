@@ -22,7 +22,7 @@ from typing import Any
 from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
 from dynamo_redis.frontend.choices import CompletionChoice, Part, Usage
 from dynamo_redis.frontend.forms.base import ResponseForm
-from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_lost
+from dynamo_redis.frontend.http.errors import ApiError, shutting_down, worker_error, worker_lost
 from dynamo_redis.frontend.http.responses import EventResponse, Receive, Send, send_json
 from dynamo_redis.frontend.metrics.recording import RequestRecord
 from dynamo_redis.frontend.model import Answer, Generate
@@ -138,8 +138,8 @@ class Exchange:
         *,
         tries: int,
     ) -> None:
-        """Read all choices, until the first error or the client's leave. End every task then, or when this is
-        cancelled."""
+        """Read all choices, until the first error, the client's leave, or the end of the server's shutdown,
+        which cancels this. End every task then."""
 
         async def wait_for_hang_up() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -155,6 +155,8 @@ class Exchange:
             while self._open and self._error is None and not self._hung_up:
                 self._wake.clear()
                 await self._wake.wait()
+        except asyncio.CancelledError:  # by the server, at the end of its shutdown: the client is told
+            self._error = self._error or shutting_down()
         finally:
             watcher.cancel()
             for choice in self._choices:

@@ -1,14 +1,22 @@
-"""Chat templates: a conversation → the text of a prompt, as `transformers` renders it, in another process.
+"""Chat templates: a conversation → the text of a prompt, as `transformers` renders it.
 
 A template comes with a model's files and is not trusted. It runs in a process of its own model, with limits
 of memory and time, which is killed at them; see `templates/__main__.py`. A bad template fails the chats of
 its own model, and no others.
+
+Most templates are quick (`templates/quick.py`): their work is in proportion to the conversation. These render
+small conversations here, within tight limits. That saves the way to the process and back, which costs more
+than the rendering. A rendering that exceeds the limits is done again in the process.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -30,8 +38,14 @@ from dynamo_redis.templates.protocol import (
     MASKED,
     RENDER_LIMIT_S,
     MaskedText,
+    RenderLimits,
     to_json,
 )
+from dynamo_redis.templates.quick import is_quick
+from dynamo_redis.templates.rendering import CompiledTemplates
+from dynamo_redis.templates.sandbox import Runaway
+
+log = logging.getLogger(__name__)
 
 LARGE_JOB_BYTES: Final = 64 << 10
 """A conversation over this size is rendered in another process, so that smaller ones do not wait for it."""
@@ -43,6 +57,19 @@ QUEUE_COUNT: Final = 1024
 """The most conversations of one model that wait to be rendered; an eighth of it for large ones."""
 
 _AHEAD_COUNT: Final = 16
+
+HERE_BYTES: Final = 32 << 10
+"""The largest conversation that a quick template renders on the event loop."""
+
+HERE_MESSAGE_COUNT: Final = 64
+"""The most messages of such a conversation: each takes some 10 to 30 µs."""
+
+HERE_LIMITS: Final = RenderLimits(0.05, 2 << 20)
+"""The limits of a rendering on the event loop. The time is far above what one takes, since the
+machine may be busy."""
+
+MOST_OVERRUNS: Final = 8
+"""Renderings that take too long after which a template renders in its process only."""
 
 _COMMAND: Final = (sys.executable, "-P", "-m", "dynamo_redis.templates")
 
@@ -69,6 +96,8 @@ class ChatTemplate:
                 "special_names": list(special_names),
             }
         )
+        self._here: CompiledTemplates | None = None
+        self._overrun_count = 0
         self._small = self._lane(QUEUE_COUNT, _AHEAD_COUNT)
         self._large = self._lane(QUEUE_COUNT // 8, 1)
 
@@ -89,6 +118,11 @@ class ChatTemplate:
         return self._small.is_running or self._large.is_running
 
     @property
+    def renders_here(self) -> bool:
+        """True if small conversations are rendered in this process."""
+        return self._here is not None
+
+    @property
     def job_count(self) -> int:
         """The number of conversations that wait or are being rendered."""
         return self._small.job_count + self._large.job_count
@@ -103,6 +137,18 @@ class ChatTemplate:
             await self._small.run(b"")
         except JobError as exc:
             raise _setup_error(exc) from exc
+        if self._here is None and not self._overrun_count:
+            self._here = await asyncio.to_thread(self._compile_here)
+
+    def _compile_here(self) -> CompiledTemplates | None:
+        """Compile the templates if all are quick. Blocks."""
+        setup = json.loads(self._setup)
+        if not all(map(is_quick, setup["templates"].values())):
+            return None
+        try:
+            return CompiledTemplates(**setup, limits=HERE_LIMITS)
+        except ModelError:  # the process took it: this one was held up for longer than a trial may take
+            return None
 
     def check(self) -> None:
         """Compile and try the templates in a process of its own. Blocks. Raises as `open` does."""
@@ -134,6 +180,10 @@ class ChatTemplate:
         Raises TemplateError if the template refuses the conversation, with its own message, or fails, and
         Overloaded.
         """
+        if self._here is not None and len(conversation) <= HERE_BYTES:
+            text = self._render_here(self._here, conversation)
+            if text is not None:
+                return text
         lane = self._small if len(conversation) <= LARGE_JOB_BYTES else self._large
         try:
             answer = await lane.run(conversation)
@@ -154,6 +204,32 @@ class ChatTemplate:
             del answer[:MASK_BYTES]
             return MaskedText(answer, mask)
         raise TemplateError(answer.decode())
+
+    def _render_here(
+        self, templates: CompiledTemplates, conversation: bytes | bytearray
+    ) -> bytearray | MaskedText | None:
+        """Render a conversation in this process; None if that is left to the other one.
+
+        A template is held to the processor's time that it took: the machine may be busy, and a long
+        conversation may need more memory than it has here.
+        """
+        started_s = time.thread_time()
+        try:
+            arguments = json.loads(conversation)
+            if len(arguments["messages"]) > HERE_MESSAGE_COUNT:
+                return None
+            prompt = templates.render(**arguments)
+            text = bytearray(prompt.encode())
+            return MaskedText(text, prompt.mask) if prompt.mask else text
+        except Runaway:
+            self._overrun_count += time.thread_time() - started_s > HERE_LIMITS.time_s / 2
+            if self._overrun_count >= MOST_OVERRUNS:
+                self._here = None
+        except TemplateError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - the process finds the words for it
+            log.debug("a conversation could not be rendered here: %r", exc)
+        return None
 
     async def aclose(self) -> None:
         """End the processes. Idempotent."""

@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 RENDER_LIMIT_S: Final = 5.0
-"""Longest time of a rendering, in seconds. A template is stopped at its next operation or output after it."""
-
-PROBE_LIMIT_S: Final = 1.0
-"""The same for the test renderings of one short message, when a model is loaded."""
+"""Longest time of a rendering in its process, in seconds."""
 
 OUTPUT_LIMIT_CHARS: Final = 64 << 20
 """Longest output of a template, in characters; far above any prompt that fits a request body."""
 
-MEMORY_LIMIT_BYTES: Final = 1 << 30
-"""Most bytes of all texts and lists made by one rendering together, including those no longer used."""
 
-PROBE_MEMORY_LIMIT_BYTES: Final = 64 << 20
+class RenderLimits(NamedTuple):
+    """The limits of one rendering."""
+
+    time_s: float
+    """Elapsed time. A template is stopped at its next operation or output after it."""
+    memory_bytes: int
+    """Size of all texts and lists that it makes, including those no longer used."""
+
+
+RENDER_LIMITS: Final = RenderLimits(RENDER_LIMIT_S, 1 << 30)
+
+PROBE_LIMITS: Final = RenderLimits(1.0, 64 << 20)
+"""For the test renderings of one short message, when a model is loaded."""
 
 PROCESS_MEMORY_BYTES: Final = 256 << 20
 """Most memory of a rendering process, in addition to its code."""

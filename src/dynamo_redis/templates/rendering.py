@@ -16,11 +16,10 @@ import jinja2
 from dynamo_redis.errors import ModelError, TemplateError
 from dynamo_redis.templates.masking import Masking
 from dynamo_redis.templates.protocol import (
-    MEMORY_LIMIT_BYTES,
     OUTPUT_LIMIT_CHARS,
-    PROBE_LIMIT_S,
-    PROBE_MEMORY_LIMIT_BYTES,
-    RENDER_LIMIT_S,
+    PROBE_LIMITS,
+    RENDER_LIMITS,
+    RenderLimits,
 )
 from dynamo_redis.templates.sandbox import Runaway, TemplateEnvironment
 
@@ -54,6 +53,7 @@ class CompiledTemplates:
         templates: Mapping[str, str],
         tokenizer_config: Mapping[str, Any],
         special_names: Iterable[str] = (),
+        limits: RenderLimits = RENDER_LIMITS,
     ) -> None:
         """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
 
@@ -64,7 +64,9 @@ class CompiledTemplates:
         """
         self._masking = Masking(special_names)
         environment = TemplateEnvironment()
-        self._variants = {name: _Variant(name, source, environment) for name, source in templates.items()}
+        self._variants = {
+            name: _Variant(name, source, environment, limits) for name, source in templates.items()
+        }
         self._special_tokens = special_tokens(tokenizer_config)
         for variant in self._variants.values():
             variant.examine(self._special_tokens)
@@ -146,11 +148,15 @@ def _token_text(token: object) -> str | None:
 class _Variant:
     """One compiled template, and the form of messages that it expects, found by test renderings."""
 
-    def __init__(self, name: str, source: str, environment: TemplateEnvironment) -> None:
+    def __init__(
+        self, name: str, source: str, environment: TemplateEnvironment, limits: RenderLimits
+    ) -> None:
         self._name = name
+        self._limits = limits
         self._environment = environment
         try:
             self._template = environment.from_string(source)
+            self._template.globals = dict(self._template.globals)  # each rendering copies them
         except Exception as exc:  # Jinja's own errors, and Python's for too deep nesting
             reason = " ".join(str(getattr(exc, "message", None) or str(exc) or type(exc).__name__).split())
             line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
@@ -209,9 +215,8 @@ class _Variant:
         """Render the template within the limits. Raises TemplateError."""
         pieces: list[str] = []
         written = 0
-        time_s = PROBE_LIMIT_S if is_probe else RENDER_LIMIT_S
-        memory_bytes = PROBE_MEMORY_LIMIT_BYTES if is_probe else MEMORY_LIMIT_BYTES
-        with self._environment.limits(time_s=time_s, memory_bytes=memory_bytes):
+        limits = PROBE_LIMITS if is_probe else self._limits
+        with self._environment.limits(time_s=limits.time_s, memory_bytes=limits.memory_bytes):
             try:
                 for piece in self._template.generate(variables):
                     written += len(piece)

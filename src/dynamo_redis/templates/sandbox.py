@@ -43,6 +43,7 @@ _NUMBER_CHARS = 330  # the longest text of a float
 _JSON_INDENT = 64
 _ROUND_DIGITS = 300
 _DATE_FORM_CHARS = 256
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 _DIGITS = re.compile(r"\d+")
 _PRINTF_FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
 
@@ -164,9 +165,10 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def charged(self, value: Any) -> Any:
         """Charge a value's size, if it has one, to the budget; return the value."""
         if isinstance(value, (str, bytes, list, tuple, dict, set)):
-            size_bytes = sys.getsizeof(value)
-            self.expect(size_bytes)
-            self._budget.left_bytes -= size_bytes
+            budget, size_bytes = self._budget, sys.getsizeof(value)
+            if size_bytes > budget.left_bytes:
+                self.expect(size_bytes)
+            budget.left_bytes -= size_bytes
             self.check_time()
         return value
 
@@ -202,6 +204,17 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.text_chars(value)
         return value
 
+    # ----------------------------------------------------------------- access
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return `obj.attribute` as Jinja's sandbox does; items of objects that came as JSON at once."""
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            try:
+                return obj[attribute]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
     # ----------------------------------------------------------------- operations with larger results
 
     def concat(self, pieces: Iterable[str]) -> str:
@@ -217,6 +230,9 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Compute `left operator right` if the result is not too large."""
+        if operator == "+" and type(left) is type(right) is str:
+            self.expect(len(left) + len(right))
+            return self.charged(left + right)
         sizes = [side.bit_length() for side in (left, right) if isinstance(side, int)]
         if sizes and max(sizes) > _INT_BITS:
             raise Runaway("the chat template computes with too large a number")

@@ -18,6 +18,7 @@ from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.frontend import model_loading, models
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.models import chat_template
+from dynamo_redis.models.chat_template import HERE_MESSAGE_COUNT
 from dynamo_redis.models.download import fetch_model_files
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
@@ -432,7 +433,8 @@ async def test_template_that_was_idle_ends_with_the_models(
     template._small._idle_s = 600
     await frontend.runtime.publish("other", instance_id=2)
     await frontend.until_served("other")
-    await frontend.client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hi"}])
+    messages: Any = [{"role": "user", "content": "Hi"}] * (HERE_MESSAGE_COUNT + 1)
+    await frontend.client.chat.completions.create(model="demo", messages=messages)
     assert template.has_process
     await frontend.models.__aexit__()
     assert not template.has_process

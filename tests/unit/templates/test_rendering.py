@@ -11,13 +11,16 @@ import pytest
 
 from dynamo_redis.errors import ModelError, TemplateError
 from dynamo_redis.templates import rendering
+from dynamo_redis.templates.protocol import RENDER_LIMITS, RenderLimits
 from dynamo_redis.templates.rendering import CompiledTemplates, special_tokens
 
 USER: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
-def chat(source: str, config: dict[str, Any] | None = None, **named: str) -> CompiledTemplates:
-    return CompiledTemplates({"default": source, **named}, config or {})
+def chat(
+    source: str, config: dict[str, Any] | None = None, limits: RenderLimits = RENDER_LIMITS, **named: str
+) -> CompiledTemplates:
+    return CompiledTemplates({"default": source, **named}, config or {}, limits=limits)
 
 
 def test_text_parts_are_joined_for_a_template_that_expects_text() -> None:
@@ -182,17 +185,17 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 
 
 def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "PROBE_LIMIT_S", 0.05)
+    monkeypatch.setattr(rendering, "PROBE_LIMITS", RenderLimits(0.05, 64 << 20))
     with pytest.raises(ModelError, match="does not end"):
         chat(ENDLESS)
 
 
 @pytest.mark.parametrize("body", [ENDLESS, "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}"])
 def test_a_rendering_that_runs_away_is_stopped(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    runaway = chat("{% if messages | length > 2 %}" + body + "{% endif %}")
+    body = "{% if messages | length > 2 %}" + body + "{% endif %}"
+    runaway = chat(body, limits=RenderLimits(0.1, 1 << 30))
     monkeypatch.setattr(rendering, "OUTPUT_LIMIT_CHARS", 1 << 20)
     started = time.monotonic()
-    monkeypatch.setattr(rendering, "RENDER_LIMIT_S", 0.1)
     with pytest.raises(TemplateError, match=r"ran for too long|wrote over"):
         runaway.render(USER * 3)
     assert time.monotonic() - started < 5
@@ -249,14 +252,14 @@ BOMBS = [
 def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both when the model is loaded and at a request; the address space is limited, so that a failure shows
     here."""
-    monkeypatch.setattr(rendering, "RENDER_LIMIT_S", 0.5)
-    monkeypatch.setattr(rendering, "PROBE_LIMIT_S", 0.5)
-    monkeypatch.setattr(rendering, "MEMORY_LIMIT_BYTES", 256 << 20)
+    monkeypatch.setattr(rendering, "PROBE_LIMITS", RenderLimits(0.5, 64 << 20))
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (1 << 30), before[1]))
     started = time.monotonic()
     try:
-        later = chat("{% if messages | length > 2 %}" + source + "{% endif %}")
+        later = chat(
+            "{% if messages | length > 2 %}" + source + "{% endif %}", limits=RenderLimits(0.5, 256 << 20)
+        )
         with pytest.raises(TemplateError, match=r"the chat template (?!failed|needs)|undefined"):
             later.render(USER * 3)
         if "lipsum" not in source:

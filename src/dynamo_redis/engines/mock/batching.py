@@ -12,9 +12,9 @@ sequence that does not fit alone is not accepted. That guarantees progress.
 
 **Timing.** The default numbers are those of a model of 8 billion parameters (bf16) on one H100-class GPU:
 
-- `decode_step_s` 8 ms a step: 16 GB of weights at 3.35 TB/s take 5 ms, and launches and sampling the rest; -
-`decode_sequence_s` 0.03 ms for each decoding sequence in the step: the GPU reads its keys and values (130 KB
-  a token of context; about 800 tokens);
+- `decode_step_s` 8 ms a step: 16 GB of weights at 3.35 TB/s take 5 ms, and launches and sampling the rest;
+- `decode_sequence_s` 0.03 ms for each decoding sequence in the step: the GPU reads its keys and values (130
+  KB a token of context; about 800 tokens);
 - `prefill_token_s` 0.05 ms a prompt token: 16 GFLOP at a third of the peak, or 20,000 tokens a second.
 
 One request alone gets 125 tokens a second, each of 256 at once gets 64, and the prefill of a new prompt of
@@ -40,7 +40,8 @@ from dynamo_redis.events.block_hashes import chain, local_hashes
 class Sequence:
     """One request in the batch: the tokens of its prompt, then the generated ones.
 
-    `hashes` are the sequence hashes of its full blocks, at least of the prompt's.
+    `hashes` are the sequence hashes of its full blocks, at least of the prompt's. `room_count` and
+    `next_store_at` follow from `blocks`; they are kept since each step asks for them.
     """
 
     tokens: array[int]
@@ -48,6 +49,10 @@ class Sequence:
     hashes: list[int]
     blocks: BlockTable = field(default_factory=BlockTable)
     computed_count: int = 0
+    room_count: int = 0
+    """Tokens for which it has blocks."""
+    next_store_at: int = 0
+    """The count of computed tokens at which its first private block is full."""
     cached_count: int | None = None  # prompt tokens found in the cache at first admission
     state: Literal["new", "waiting", "running", "removed"] = "new"
 
@@ -60,7 +65,7 @@ class Sequence:
 S = TypeVar("S", bound=Sequence)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan(Generic[S]):
     """The work of one step: sequences, each with the number of its tokens to compute."""
 
@@ -151,57 +156,79 @@ class Batch(Generic[S]):
         """
         work: list[tuple[S, int]] = []
         budget = self._max_num_batched_tokens  # tokens that the step has left
+        decode_count = 0
         preempted_before = self.preemption_count
-        with self.cache.batched_removal():
-            index = 0
-            while index < len(self._running) and budget:
-                sequence = self._running[index]
-                count = min(len(sequence.tokens) - sequence.computed_count, budget)
-                if self._make_room(sequence, sequence.computed_count + count):
-                    work.append((sequence, count))
-                    budget -= count
-                index += 1
-            may_admit = self.preemption_count == preempted_before
-            while may_admit and self._waiting and budget and len(self._running) < self._max_num_seqs:
-                sequence = self._waiting[0]
-                if self._blocked == (sequence, self.cache.release_count):
+        self.cache.hold_removals()
+        try:
+            for sequence in self._running:  # which loses sequences at its end when they are preempted
+                if not budget:
                     break
-                if not self._admit(sequence):
-                    self._blocked = (sequence, self.cache.release_count)
-                    break
-                self._waiting.popleft()
-                self._running.append(sequence)
-                sequence.state = "running"
-                count = min(len(sequence.tokens) - sequence.computed_count, budget)
+                computed_count = sequence.computed_count
+                count = min(len(sequence.tokens) - computed_count, budget)
+                end = computed_count + count
+                if end > sequence.room_count and not self._make_room(sequence, end):
+                    continue
                 work.append((sequence, count))
                 budget -= count
+                decode_count += computed_count >= sequence.prompt_count
+            if self._waiting and self.preemption_count == preempted_before:
+                first = len(work)
+                budget = self._admit_waiting(work, budget)
+                decode_count += sum(each.computed_count >= each.prompt_count for each, _ in work[first:])
+        finally:
+            self.cache.report_removals()
         if not work:
             return None
-        decode_count = sum(1 for sequence, _ in work if sequence.computed_count >= sequence.prompt_count)
-        token_count = sum(count for _, count in work)
+        token_count = self._max_num_batched_tokens - budget
         return StepPlan(work, prefill_token_count=token_count - decode_count, decode_count=decode_count)
+
+    def _admit_waiting(self, work: list[tuple[S, int]], budget: int) -> int:
+        """Admit waiting sequences and add their first tokens to a step; return the budget that is left."""
+        while self._waiting and budget and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            if self._blocked == (sequence, self.cache.release_count):
+                break
+            if not self._admit(sequence):
+                self._blocked = (sequence, self.cache.release_count)
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.state = "running"
+            count = min(len(sequence.tokens) - sequence.computed_count, budget)
+            work.append((sequence, count))
+            budget -= count
+        return budget
 
     def complete(self, step: StepPlan[S]) -> list[S]:
         """Note that a step is computed: store its full blocks; return the sequences that yield a token
         now."""
-        block_size = self.cache.block_size
         due: list[S] = []
         for sequence, count in step.work:
             if sequence.state != "running":  # removed while the step was under way
                 continue
-            sequence.computed_count += count
-            first, end = len(sequence.blocks.stored), sequence.computed_count // block_size
-            if end > first:
-                hashes, tokens = sequence.hashes, sequence.tokens
-                if len(hashes) < end:
-                    fresh = local_hashes(tokens[len(hashes) * block_size : end * block_size], block_size)
-                    hashes.extend(chain(fresh, hashes[-1] if hashes else None))
-                self.cache.store(
-                    sequence.blocks, hashes[first:end], tokens[first * block_size : end * block_size]
-                )
-            if sequence.computed_count == len(sequence.tokens):
+            computed_count = sequence.computed_count + count
+            sequence.computed_count = computed_count
+            if computed_count >= sequence.next_store_at:
+                self._store_full(sequence)
+            if computed_count == len(sequence.tokens):
                 due.append(sequence)
         return due
+
+    def _store_full(self, sequence: S) -> None:
+        """Store the blocks of a sequence that are full and not stored yet."""
+        block_size, hashes, tokens = self.cache.block_size, sequence.hashes, sequence.tokens
+        first, end = len(sequence.blocks.stored), sequence.computed_count // block_size
+        if len(hashes) < end:
+            fresh = local_hashes(tokens[len(hashes) * block_size : end * block_size], block_size)
+            hashes.extend(chain(fresh, hashes[-1] if hashes else None))
+        self.cache.store(sequence.blocks, hashes[first:end], tokens[first * block_size : end * block_size])
+        self._measure(sequence)
+
+    def _measure(self, sequence: S) -> None:
+        """Note the counts that follow from a sequence's blocks."""
+        blocks, block_size = sequence.blocks, self.cache.block_size
+        sequence.room_count = blocks.block_count * block_size
+        sequence.next_store_at = (len(blocks.stored) + 1) * block_size
 
     def _make_room(self, sequence: S, token_count: int) -> bool:
         """Reserve blocks for `token_count` tokens of a running sequence, preempting later ones if needed.
@@ -218,6 +245,7 @@ class Batch(Generic[S]):
             self.preemption_count += 1
             if victim is sequence:
                 return False
+        self._measure(sequence)
         return True
 
     def _admit(self, sequence: S) -> bool:
@@ -230,6 +258,7 @@ class Batch(Generic[S]):
         if not self.cache.reserve(sequence.blocks, -(-len(sequence.tokens) // block_size) - matched_count):
             self.cache.release(sequence.blocks)
             return False
+        self._measure(sequence)
         sequence.computed_count = matched_count * block_size
         if sequence.cached_count is None:
             sequence.cached_count = sequence.computed_count

@@ -12,8 +12,7 @@ block before it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEventSink
@@ -47,7 +46,7 @@ class BlockCache:
         self._holders: dict[int, int] = {}  # stored blocks in use → number of sequences that hold them
         self._idle: OrderedDict[int, None] = OrderedDict()  # stored blocks not in use, oldest first
         self._private_count = 0
-        self._evicted: list[int] | None = None  # to be reported at the end of `batched_removal`
+        self._evicted: list[int] | None = None  # see `hold_removals`
 
     def __repr__(self) -> str:
         return f"<BlockCache {self.active_count} active, {self.idle_count} idle of {self.total_blocks}>"
@@ -97,20 +96,16 @@ class BlockCache:
         table.private_count += count
         return True
 
-    @contextmanager
-    def batched_removal(self) -> Iterator[None]:
-        """Report all blocks that `reserve` evicts within the `with` block as one event at its end.
+    def hold_removals(self) -> None:
+        """Collect the blocks that `reserve` evicts, until `report_removals`. Nothing may be stored
+        meanwhile."""
+        self._evicted = []
 
-        Nothing may be stored within it.
-        """
-        evicted: list[int] = []
-        self._evicted = evicted
-        try:
-            yield
-        finally:
-            self._evicted = None
-            if evicted:
-                self.events(BlocksRemoved(tuple(evicted)))
+    def report_removals(self) -> None:
+        """Report the collected blocks as one event."""
+        evicted, self._evicted = self._evicted, None
+        if evicted:
+            self.events(BlocksRemoved(tuple(evicted)))
 
     def store(self, table: BlockTable, hashes: Sequence[int], token_ids: Sequence[int]) -> None:
         """Make a table's next private blocks, which are full of `token_ids`, stored blocks with these hashes.

@@ -141,7 +141,7 @@ class MockRank:
 
     def _yield_token(self, sequence: StreamedSequence) -> None:
         """Add one more token to an answer, or end it. All its tokens so far are computed."""
-        generated_count = sequence.generated_count
+        generated_count = len(sequence.tokens) - sequence.prompt_count
         may_stop = generated_count >= sequence.min_tokens
         if may_stop and generated_count >= sequence.natural_length:
             self._finish(sequence, [], "stop")

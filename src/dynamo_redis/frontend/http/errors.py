@@ -148,6 +148,17 @@ def connections_full() -> ApiError:
     )
 
 
+def shutting_down() -> ApiError:
+    """Make the 503 for a request that is not over when the time of the frontend's shutdown is."""
+    return ApiError(
+        503,
+        "The frontend has ended before this answer was complete: send the request again.",
+        kind=_UNAVAILABLE,
+        code=errors.Draining.code,
+        retry_after_s=1.0,
+    )
+
+
 def registry_refuses(error: Exception) -> ApiError:
     """Make the 503 for a change that Redis does not take now."""
     return ApiError(

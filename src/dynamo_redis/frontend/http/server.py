@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75
 """Seconds that an idle connection stays open: longer than clients' pools and proxies keep theirs."""
 
+LAST_WRITE_S = 1.0
+"""Longest time in which the requests that a shutdown ends tell their clients so."""
+
 LOAD_S = 20.0
 """Longest time in which one of several processes loads the models that are served, before it accepts
 connections."""
@@ -286,6 +289,8 @@ class _Server(uvicorn.Server):
         """Drain: accept no more connections, and end those that are open with their next answer."""
         self._limits.is_draining = True
         await super().shutdown(sockets)
+        if cancelled := list(self.server_state.tasks):
+            await asyncio.wait(cancelled, timeout=LAST_WRITE_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections, by an `Acceptor`."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import socket
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.http import port, protocol, server
 from dynamo_redis.frontend.http.port import SharedPort, bind, url_of
 from dynamo_redis.frontend.http.server import model_cache
+from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp import listener
 
 
@@ -114,6 +118,39 @@ async def test_a_shutdown_lets_streams_finish(frontend: Any) -> None:
 
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+async def test_requests_past_the_shutdown_are_told(frontend: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that are not over in its time end with an error: a stream, a whole answer, a half-sent body."""
+
+    async def endless(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield {"token_ids": [40]}
+
+    frontend.worker.script = endless
+    whole = asyncio.create_task(frontend.http.post("/v1/chat/completions", json=CHAT))
+    halves = []
+    for path in (b"/v1/chat/completions", b"/clear_kv_blocks"):
+        half = await asyncio.open_connection(*frontend.url.removeprefix("http://").split(":"))
+        head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n" % path
+        half[1].write(head + b"Content-Type: application/json\r\n\r\n{")
+        halves.append(half)
+    await frontend.until(lambda: len(frontend.worker.requests) == 1)
+    async with frontend.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as stream:
+        lines = stream.aiter_lines()
+        await anext(lines)
+        frontend.shutdown.set()
+        *_, last = [line async for line in lines if line]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+    response = await whole
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["code"] == "draining"
+    for reader, writer in halves:
+        assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
+        writer.close()
+    assert frontend.worker.ended == ["closed", "closed"]
+    assert "Traceback" not in caplog.text
 
 
 async def test_kept_connection_has_a_last_answer(frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
