@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from types import TracebackType
 from typing import Self
 
+from starlette.types import Receive
+
 from dynamo_redis.errors import Overloaded
 from dynamo_redis.frontend.http.errors import frontend_full
+from dynamo_redis.frontend.http.request_body import ClientGone
 from dynamo_redis.router.choice.waiting_line import WaitingLine
 
 
 class Admission:
     """The places for requests. A request that finds none waits in line, for a bounded time.
 
-    It owns no task. A place is taken by `Place.take`, and given back at the end of the `with` block.
+    A place is taken by `Place.take`, and given back at the end of the `with` block. Each request that waits
+    has a task that sees its client hang up.
     """
 
     def __init__(self, limit: int | None, queue_limit: int, wait_s: float) -> None:
@@ -34,15 +39,27 @@ class Admission:
         """Return a place that is not taken yet."""
         return Place(self)
 
-    async def take(self) -> None:
-        """Take a place. Raises ApiError 503."""
-        if self._limit is None:
-            self.taken_count += 1
+    async def take(self, receive: Receive) -> None:
+        """Take a place. Raises ApiError 503, and ClientGone if the client hangs up while it waits."""
+        if not self._line and self._try_now():
             return
+        limit = asyncio.timeout(None)
+
+        async def leave_with_client() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            limit.reschedule(0.0)
+
+        leaving = asyncio.create_task(leave_with_client())
         try:
-            await self._line.enter(self._try_now, math.inf)
+            async with limit:
+                await self._line.enter(self._try_now, math.inf)
         except Overloaded:
-            raise frontend_full(self._limit) from None
+            raise frontend_full(self._limit or 0) from None
+        except TimeoutError:
+            raise ClientGone from None
+        finally:
+            leaving.cancel()
 
     def _try_now(self) -> bool | None:
         if self._limit is not None and self.taken_count >= self._limit:
@@ -65,9 +82,9 @@ class Place:
         self._admission = admission
         self._is_taken = False
 
-    async def take(self) -> None:
+    async def take(self, receive: Receive) -> None:
         """See `Admission.take`."""
-        await self._admission.take()
+        await self._admission.take(receive)
         self._is_taken = True
 
     def __enter__(self) -> Self:

@@ -154,7 +154,7 @@ class Completions:
         """
         with self._bodies.hold() as held:
             content = await read_limited(scope, receive, self._limit_bytes, held)
-            await place.take()  # the time-out of the reading bounds the wait, too
+            await place.take(receive)  # the time-out of the reading bounds the wait, too
             if self._api.read is not None:
                 body = self._api.read(content)
             else:

@@ -96,6 +96,22 @@ async def test_refusals_and_other_paths_have_lines(deployment: Deployment, lines
         assert "GET /no%0Asuch%20path 404 " in lines.texts[-1]
 
 
+async def test_pipelined_request_has_its_own_line(deployment: Deployment, lines: Lines) -> None:
+    """It begins in the task of the request before, and has neither its id nor its trace."""
+    await deployment.worker()
+    url = await deployment.frontend(access_log=True)
+    await wait_until_healthy(url, lines)
+    address, content = httpx.URL(url), json.dumps(PROMPT).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\nContent-Length: {len(content)}"
+    _, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(head.encode() + b"\r\n\r\n" + content + b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+    line = await lines.last(2)
+    assert lines.objects[0]["request_id"] == "mine"
+    assert line["path"] == "/live"
+    assert "request_id" not in line
+    writer.close()
+
+
 async def test_client_that_leaves_has_a_line(deployment: Deployment, lines: Lines) -> None:
     await deployment.worker(speedup_ratio=0.05)
     url = await deployment.frontend(access_log=True)

@@ -220,6 +220,23 @@ async def test_requests_over_the_frontends_bound_wait_or_are_shed(deployment: De
     assert await total(frontend, "admission_queued_requests") == 0
 
 
+async def test_client_that_leaves_gives_up_its_place_in_line(deployment: Deployment) -> None:
+    worker = await deployment.worker()
+    frontend = await deployment.frontend(
+        mode="round_robin", max_http_in_flight_count=1, max_http_queued_count=1, http_queue_wait_s=3600
+    )
+    await until_served(frontend)
+    held, left = await hold(frontend, worker), post(frontend)
+    for count in (1, 0):
+        async with asyncio.timeout(20):
+            while await total(frontend, "admission_queued_requests") != count:
+                await asyncio.sleep(0.01)
+        left.cancel()
+    worker.engine.gate.set()
+    assert (await held).status_code == (await post(frontend)).status_code == 200
+    assert worker.engine.request_count == 2
+
+
 @pytest.mark.parametrize("status", [503, 529, 429])
 async def test_overload_has_the_status_of_the_settings(deployment: Deployment, status: int) -> None:
     worker = await deployment.worker()

@@ -7,6 +7,7 @@ RFC 9112 (sections 3.2 "Request Target", 6.1 "Transfer-Encoding", 9.6 "Tear-down
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import fcntl
 import termios
 from contextlib import suppress
@@ -43,6 +44,9 @@ DRAIN_IDLE_S = 2
 """Seconds that a connection has for its next request once the server drains. Clients cannot know that their
 connection is about to be closed, and a request that crosses the close is lost. With the answer to this next
 request they are told."""
+
+DRAIN_SEND_S = 5.0
+"""Longest time, once the server drains, that a client may read nothing of its response."""
 
 _FRAMING_HEADERS = (b"content-length", b"transfer-encoding")
 
@@ -261,7 +265,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Application) -> None:  # type: ignore[override]
         self._running = cycle
-        super()._start_asgi_task(cycle, framed(app, cycle))  # type: ignore[arg-type]
+        # Without the context variables of now: a pipelined request begins in the task of the one before.
+        contextvars.Context().run(super()._start_asgi_task, cycle, framed(app, cycle))  # type: ignore[arg-type]
 
     def on_response_complete(self) -> None:
         """After the end of a response, wait for the next request, or for the client to read the rest."""
@@ -302,6 +307,7 @@ class HttpProtocol(HttpToolsProtocol):
         one more request.
         """
         self.timeout_keep_alive = DRAIN_IDLE_S
+        self._watch_sending()
         if self._running is not None and not self.cycle.response_complete:
             if not self.cycle.response_started:
                 self.cycle.keep_alive = False
@@ -340,7 +346,10 @@ class HttpProtocol(HttpToolsProtocol):
             else:
                 self._watch_sending()
 
-        self._send_timer = self.loop.call_later(self._limits.send_timeout_s, check)
+        limit_s = self._limits.send_timeout_s
+        self._send_timer = self.loop.call_later(
+            min(limit_s, DRAIN_SEND_S) if self._limits.is_draining else limit_s, check
+        )
 
     def _stop_send_timer(self) -> None:
         if self._send_timer is not None:

@@ -40,7 +40,8 @@ KEEP_ALIVE_S = 75
 """Seconds that an idle connection stays open: longer than clients' pools and proxies keep theirs."""
 
 LAST_WRITE_S = 1.0
-"""Longest time in which the requests that a shutdown ends tell their clients so."""
+"""Longest time in which the requests that a shutdown ends tell their clients so, and then again in which they
+end once their connections are dropped."""
 
 LOAD_S = 20.0
 """Longest time in which one of several processes loads the models that are served, before it accepts
@@ -206,8 +207,8 @@ async def run_server(
     """Serve an application on bound sockets until `wait_for_shutdown()` returns, then drain.
 
     `on_ready` gets the URL of the first one.
-    Draining takes at most `drain_s`; requests that are still under way then are cancelled. Cancelling this
-    coroutine ends everything at once.
+    Draining takes at most `drain_s`; requests that are still under way then end with an error. Cancelling
+    this coroutine ends everything at once.
     """
     server = _Server(
         uvicorn.Config(
@@ -220,12 +221,10 @@ async def run_server(
             server_header=False,
             proxy_headers=False,  # no handler uses the client's address
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(drain_s)),
         ),
         settings,
+        drain_s,
     )
-    server_log = logging.getLogger("uvicorn.error")
-    server_log.addFilter(quiet := _QuietServerLog())
     serving = asyncio.create_task(server.serve(sockets=list(sockets)))
     shutdown = asyncio.ensure_future(wait_for_shutdown())
     try:
@@ -239,25 +238,14 @@ async def run_server(
         for task in (serving, shutdown):
             task.cancel()
         await asyncio.gather(serving, shutdown, return_exceptions=True)
-        server_log.removeFilter(quiet)
-
-
-class _QuietServerLog(logging.Filter):
-    """Lowers uvicorn's line on a drain that cancels no request from ERROR to DEBUG."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is logged."""
-        if str(record.msg).startswith("Cancel %s running task(s)") and record.args == (0,):
-            record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
-            return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
-        return True
 
 
 class _Server(uvicorn.Server):
     """uvicorn inside a running event loop. The runtime handles the signals."""
 
-    def __init__(self, config: uvicorn.Config, settings: FrontendSettings) -> None:
+    def __init__(self, config: uvicorn.Config, settings: FrontendSettings, drain_s: float) -> None:
         super().__init__(config)
+        self._drain_s = drain_s
         request_s = settings.request_timeout_s or math.inf
         self._limits = HttpLimits(
             receive_timeout_s=min(settings.receive_timeout_s, request_s),
@@ -288,9 +276,27 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain: accept no more connections, and end those that are open with their next answer."""
         self._limits.is_draining = True
-        await super().shutdown(sockets)
-        if cancelled := list(self.server_state.tasks):
-            await asyncio.wait(cancelled, timeout=LAST_WRITE_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                await super().shutdown(sockets)
+        await self._cut_off()
+
+    async def _cut_off(self) -> None:
+        """End the requests that are still under way: each client gets an error, unless it does not read."""
+        if left := set(self.server_state.tasks):
+            log.warning(
+                "the shutdown's time for requests is over: %d that have not ended are cut off "
+                "(DYN_GRACEFUL_SHUTDOWN_S)",
+                len(left),
+            )
+            for request in left:
+                request.cancel()
+            await asyncio.wait(left, timeout=LAST_WRITE_S)
+        for connection in tuple(self.server_state.connections):
+            if (transport := connection.transport) is not None:
+                transport.abort()
+        if left:
+            await asyncio.wait(left, timeout=LAST_WRITE_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections, by an `Acceptor`."""

@@ -50,8 +50,8 @@ async def test_small_events_do_not_wait_for_more(open_frontend: Any, monkeypatch
     servers: list[Any] = []
 
     class Recorded(server._Server):
-        def __init__(self, config: Any, settings: Any) -> None:
-            super().__init__(config, settings)
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             servers.append(self)
 
     monkeypatch.setattr(server, "_Server", Recorded)
@@ -320,15 +320,8 @@ async def test_a_client_that_sends_no_request_is_let_go(
     assert response.status_code == 200
 
 
-async def test_port_scan_and_lossless_drain_log_nothing(
-    open_frontend: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_port_scan_logs_nothing(open_frontend: Any, caplog: pytest.LogCaptureFixture) -> None:
     frontend = await open_frontend()
     with caplog.at_level(logging.INFO):
         assert b" 400 " in await send_raw(frontend.url, b"\x16\x03\x01\x00\xee\r\n\r\n")
-        # What uvicorn says at the end of a drain that only idle connections outlast.
-        log = logging.getLogger("uvicorn.error")
-        log.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 0)
-        assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
-        log.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 2)
-    assert [record.levelname for record in caplog.records if record.name == "uvicorn.error"] == ["ERROR"]
+    assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
