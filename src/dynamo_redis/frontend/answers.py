@@ -129,6 +129,11 @@ class AnswerDecoder:
         self._moved_count = self.token_count
 
     @property
+    def stop_found(self) -> str | None:
+        """The stop string that ended the answer; None if there was none."""
+        return None if self._stops is None else self._stops.found
+
+    @property
     def cut_off(self) -> bool:
         """True if a stop string ended the answer: the worker does not know that it is over."""
         return self._stops is not None and self._stops.found is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
@@ -19,7 +20,7 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.exposition import CONTENT_TYPE, Source, render
 from dynamo_redis.frontend.administration import changes_state, refuse_members
 from dynamo_redis.frontend.admission import Admission
-from dynamo_redis.frontend.apis import APIS, Api
+from dynamo_redis.frontend.apis import APIS, COUNT_PATH, Api, errors_of
 from dynamo_redis.frontend.busy_requests import busy_threshold
 from dynamo_redis.frontend.completions import Completions
 from dynamo_redis.frontend.health import health
@@ -30,6 +31,7 @@ from dynamo_redis.frontend.metrics.text import FrontendReading, ServedModel, fam
 from dynamo_redis.frontend.model import NamedModel
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.frontend.token_count import token_count
 from dynamo_redis.names import EndpointName, with_hex_ids
 from dynamo_redis.store.base import Registry
 
@@ -92,6 +94,9 @@ def make_app(
             Route("/v1/models", list_models),
             Route("/v1/models/{model:path}", retrieve_model),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in served.items()),
+            Route(
+                COUNT_PATH, token_count(models, preparation, bodies, settings, admission), methods=["POST"]
+            ),
             Route("/clear_kv_blocks", changes_state(clear_kv_blocks), methods=["POST"]),
             Route("/busy_threshold", busy_threshold(models), methods=["GET", "POST"]),
             Route("/health", show_health),
@@ -118,7 +123,7 @@ def make_app(
             await app(scope, receive, send)
         except asyncio.CancelledError:  # by the server, at the end of its shutdown
             with suppress(RuntimeError):  # the response has begun
-                await _error(shutting_down())(scope, receive, send)
+                await _error(shutting_down(), scope["path"])(scope, receive, send)
 
     return serve
 
@@ -151,13 +156,14 @@ def _json(status: int, value: Any) -> Response:
     )
 
 
-def _error(error: ApiError) -> Response:
+def _error(error: ApiError, path: str) -> Response:
     headers = {str(name, "latin-1"): str(value, "latin-1") for name, value in error.headers()}
-    return Response(error.body_bytes(), error.status, headers, media_type="application/json")
+    status, body = errors_of(path).response(error, uuid.uuid4().hex)
+    return Response(body, status, headers, media_type="application/json")
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """Answer an unknown path or method in OpenAI's form, with the known ones. OPTIONS gets the methods."""
+    """Answer an unknown path or method, with the known ones. OPTIONS gets the methods."""
     assert isinstance(exc, HTTPException)
     if request.method == "OPTIONS" and exc.status_code == 405:
         return Response(status_code=204, headers=exc.headers)
@@ -172,11 +178,11 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
         error = invalid(f"Not allowed to {request.method} on {request.url.path}: it takes {allowed}.")
     error.status = exc.status_code
     error.code = "unknown_url" if exc.status_code == 404 else "method_not_allowed"
-    response = _error(error)
+    response = _error(error, request.url.path)
     response.headers.update(exc.headers or {})
     return response
 
 
-async def _on_error(_: Request, exc: Exception) -> Response:
+async def _on_error(request: Request, exc: Exception) -> Response:
     """Answer an error of a route. The server logs an unexpected one, too."""
-    return _error(api_error(exc))
+    return _error(api_error(exc), request.url.path)

@@ -13,12 +13,14 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from dynamo_redis.config import FrontendSettings
-from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
+from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError, TemplateError
 from dynamo_redis.frontend.admission import Admission, Place
 from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder
 from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.choices import CompletionChoice
 from dynamo_redis.frontend.exchange import Exchange
+from dynamo_redis.frontend.forms.base import ResponseForm
+from dynamo_redis.frontend.http.bodies import Body
 from dynamo_redis.frontend.http.errors import ApiError, api_error, shutting_down, too_many_choices
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
@@ -91,7 +93,7 @@ class Completions:
             elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
                 traceparent = str(value, "latin-1")
         request_id = request_id or uuid.uuid4().hex
-        headers = [(b"x-request-id", request_id.encode())]
+        headers = [(name, request_id.encode()) for name in self._api.id_headers]
         timeout_s = min(
             (limit_s for limit_s in (self._timeout_s, scope.get(TIMEOUT_S)) if limit_s is not None),
             default=None,
@@ -105,7 +107,7 @@ class Completions:
         try:
             check_headers(scope["headers"])
             async with asyncio.timeout(timeout_s):
-                body, model, requests = await self._read(scope, receive, place)
+                body, notes, model, requests = await self._read(scope, receive, place)
         except ClientGone:
             return
         except (TimeoutError, ApiError, DynamoRedisError, asyncio.CancelledError) as exc:
@@ -130,7 +132,8 @@ class Completions:
             observation.note_prepared(
                 model.name, count, is_stream=bool(body.stream), max_tokens=body.wanted_tokens
             )
-        exchange = self._make_exchange(model, body, requests, contexts, record)
+        form = self._api.form(model.name, body, notes)
+        exchange = self._make_exchange(form, model, body, requests, contexts, record)
         if body.stream:
             scope[STREAMS_EVENTS] = True
             await exchange.stream(receive, send, headers)
@@ -145,9 +148,9 @@ class Completions:
 
     async def _read(
         self, scope: Scope, receive: Receive, place: Place
-    ) -> tuple[CompletionOptions, Model, list[GenerateRequest]]:
-        """Read a request. Return its options, its model, and the requests to the workers. It takes its place
-        as soon as it has arrived, before the work that it costs.
+    ) -> tuple[CompletionOptions, bytes, Model, list[GenerateRequest]]:
+        """Read a request. Return its options and notes, its model, and the requests to the workers. It takes
+        its place as soon as it has arrived, before the work that it costs.
 
         A request over the context of the chosen version of the model goes to the version with the longest
         context. Raises ApiError, DynamoRedisError and ClientGone.
@@ -163,20 +166,29 @@ class Completions:
             if body.choice_count > self._max_choices_count:
                 raise too_many_choices(body.choice_count, self._max_choices_count)
             model = self._models.get(body.options.model, self._can_serve)
-            assert model.loaded is not None
             try:
-                return body.options, model, await self._preparation.requests(model.loaded, body)
-            except ApiError as exc:
-                longer = self._models.with_longer_context(model, self._can_serve)
-                if exc.code != "context_length_exceeded" or longer is None or longer.loaded is None:
-                    raise
-                return body.options, longer, await self._preparation.requests(longer.loaded, body)
+                model, requests = await self._prepare(model, body)
+            except (ApiError, TemplateError) as exc:
+                raise api_error(exc).renamed(self._api.names) from exc
+            return body.options, body.notes, model, requests
+
+    async def _prepare(self, model: Model, body: Body) -> tuple[Model, list[GenerateRequest]]:
+        """Return the requests of a body, and the version of the model that they are for."""
+        assert model.loaded is not None
+        try:
+            return model, await self._preparation.requests(model.loaded, body)
+        except ApiError as exc:
+            longer = self._models.with_longer_context(model, self._can_serve)
+            if exc.code != "context_length_exceeded" or longer is None or longer.loaded is None:
+                raise
+            return longer, await self._preparation.requests(longer.loaded, body)
 
     def _can_serve(self, model: LoadedModel) -> bool:
         return model.template is not None if self._api.renders else model.completes_text
 
     def _make_exchange(
         self,
+        form: ResponseForm,
         model: Model,
         body: CompletionOptions,
         requests: list[GenerateRequest],
@@ -209,7 +221,6 @@ class Completions:
         async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
             return await self._models.generate(model, request, context, excluded)
 
-        form = self._api.form(model.name, body)
         return Exchange(form, choices, generate, record, self._overload_status)
 
 

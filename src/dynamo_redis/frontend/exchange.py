@@ -100,10 +100,11 @@ class Exchange:
 
         async def encode(choice: CompletionChoice, parts: Sequence[Part]) -> None:
             encoder, reason = encoders[choice.index], choice.finish_reason
-            events = encoder.parts(parts)
+            events = b""
             if not has_begun[choice.index]:
                 has_begun[choice.index] = True
-                events = encoder.begin() + events
+                events = encoder.begin()
+            events += encoder.parts(parts)
             if reason is not None:
                 events += encoder.end(reason)
             if reason is not None and self._open == 1:
@@ -117,7 +118,7 @@ class Exchange:
         if self._error is None:
             await response.end(form.end(self._choices, Usage.of(self._choices)))
         elif response.begun:
-            await response.end(form.errors.event(self._error, self._request_id))
+            await response.end(form.failure(self._error, self._request_id))
         else:
             await self._send_error(self._error, send, headers)
 

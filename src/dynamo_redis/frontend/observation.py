@@ -18,7 +18,7 @@ from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import tracing
 
-Kind = Literal["chat", "text"]
+Kind = Literal["chat", "text", "messages", "responses"]
 """The APIs that generate."""
 
 OBSERVATION: Final = "dynamo_redis.observation"
@@ -26,7 +26,12 @@ OBSERVATION: Final = "dynamo_redis.observation"
 
 access_log = logging.getLogger("dynamo_redis.access")
 
-_OPERATIONS: Final[dict[Kind, str]] = {"chat": "chat", "text": "text_completion"}
+_OPERATIONS: Final[dict[Kind, str]] = {
+    "chat": "chat",
+    "text": "text_completion",
+    "messages": "chat",
+    "responses": "chat",
+}
 _PATH_CHARS: Final = 200
 _PLAIN: Final = re.compile(r"[\w./:@+~%-]+", re.ASCII)
 _CLIENT_LEFT: Final = 499

@@ -8,15 +8,15 @@ answer: see `parameters.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator
 from typing_extensions import TypedDict
 
 from dynamo_redis.frontend import parameters
-from dynamo_redis.frontend.http.errors import invalid
-from dynamo_redis.frontend.options import CompletionOptions, TokenId, by_type, twice
+from dynamo_redis.frontend.http.errors import ApiError, invalid
+from dynamo_redis.frontend.options import CompletionOptions, RequestBody, TokenId, by_type, twice
 from dynamo_redis.frontend.parameters import unsupported
 
 MAX_PROMPTS = 256
@@ -104,6 +104,7 @@ _NO_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "con
 class ChatBody(CompletionOptions):
     """`POST /v1/chat/completions`."""
 
+    tag = b"c"
     further_parameters = parameters.CHAT
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), AsGiven]
@@ -186,6 +187,7 @@ Prompt = Annotated[
 class TextBody(CompletionOptions):
     """`POST /v1/completions`."""
 
+    tag = b"t"
     further_parameters = parameters.TEXT
 
     prompt: Prompt
@@ -202,7 +204,7 @@ class TextBody(CompletionOptions):
 
 # --------------------------------------------------------------------------- reading a body
 
-B = TypeVar("B", bound=CompletionOptions)
+B = TypeVar("B", bound=RequestBody)
 
 _LONGEST_PART = 64
 _NO_FIELD = re.compile(r"<.*>|\[key\]")
@@ -213,24 +215,41 @@ def read_body(kind: type[B], content: bytes | bytearray) -> B:
     try:
         body = kind.model_validate_json(content)
     except ValidationError as exc:
-        error = exc.errors(include_url=False, include_input=False)[0]
-        param = ""
-        for part in error["loc"]:
-            if isinstance(part, int):
-                param += f"[{part}]"
-            elif not _NO_FIELD.fullmatch(part):
-                part = part if len(part) <= _LONGEST_PART else part[:_LONGEST_PART] + "…"
-                param += f".{part}" if param else part
-        reason = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "json_invalid":
-            reason = str(error.get("ctx", {}).get("error") or error["msg"])
-            refusal = invalid(f"The request body is not valid JSON: {reason}.", code="invalid_json")
-        elif not param:
-            refusal = invalid(f"The request body is not a JSON object: {reason}.")
-        elif error["type"] == "missing":
-            refusal = invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
-        else:
-            refusal = invalid(f"Invalid value for '{param}': {reason}.", param, "invalid_value")
-        raise refusal from exc
+        raise _refusal(exc) from exc
     body.refuse_unsupported()
     return body
+
+
+def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
+    """Make the body of a chat from the fields of another API. Raises ApiError.
+
+    `names` are the other API's names of the fields, for errors.
+    """
+    try:
+        body = ChatBody.model_validate({name: value for name, value in fields.items() if value is not None})
+        body.refuse_unsupported()
+    except ValidationError as exc:
+        raise _refusal(exc).renamed(names) from exc
+    except ApiError as exc:
+        raise exc.renamed(names) from None
+    return body
+
+
+def _refusal(exc: ValidationError) -> ApiError:
+    error = exc.errors(include_url=False, include_input=False)[0]
+    param = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif not _NO_FIELD.fullmatch(part):
+            part = part if len(part) <= _LONGEST_PART else part[:_LONGEST_PART] + "…"
+            param += f".{part}" if param else part
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "json_invalid":
+        reason = str(error.get("ctx", {}).get("error") or error["msg"])
+        return invalid(f"The request body is not valid JSON: {reason}.", code="invalid_json")
+    if not param:
+        return invalid(f"The request body is not a JSON object: {reason}.")
+    if error["type"] == "missing":
+        return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    return invalid(f"Invalid value for '{param}': {reason}.", param, "invalid_value")

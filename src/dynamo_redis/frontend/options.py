@@ -89,11 +89,30 @@ _SAMPLING = (
 )
 
 
-class CompletionOptions(BaseModel):
-    """The fields that both kinds of completion share. Null is the same as absent."""
+class RequestBody(BaseModel):
+    """The body of a request for an answer. Null is the same as absent."""
 
     model_config = _FURTHER
+    tag: ClassVar[bytes]
+    """One byte that names the class to the process that parses large bodies."""
     further_parameters: ClassVar[Parameters]
+
+    def refuse_unsupported(self) -> None:
+        """Raise ApiError for a parameter that cannot be served, or that is unknown."""
+        if self.model_extra:
+            self.further_parameters.check(self.model_extra, type(self).model_fields)
+
+    def options(self) -> CompletionOptions:
+        """Return what is asked for, as the body of a chat or a text completion. Raises ApiError."""
+        raise NotImplementedError
+
+    def notes(self) -> bytes:
+        """Return what the form of the answer needs of the body, besides its options."""
+        return b""
+
+
+class CompletionOptions(RequestBody):
+    """The fields that both kinds of completion share."""
 
     model: str
     stream: bool | None = False
@@ -136,10 +155,15 @@ class CompletionOptions(BaseModel):
 
     _sampling: SamplingOptions = PrivateAttr(default_factory=SamplingOptions)
 
+    _fits_tokens: bool = PrivateAttr(default=False)
+
+    def options(self) -> CompletionOptions:
+        """See `RequestBody`."""
+        return self
+
     def refuse_unsupported(self) -> None:
-        """Raise ApiError for a parameter that cannot be served, or that is unknown."""
-        if self.model_extra:
-            self.further_parameters.check(self.model_extra, type(self).model_fields)
+        """See `RequestBody`."""
+        super().refuse_unsupported()
         if self.min_tokens and self.wanted_tokens is not None and self.min_tokens > self.wanted_tokens:
             raise invalid(
                 f"'min_tokens' is over the {self.wanted_tokens} tokens of the answer.", "min_tokens"
@@ -208,6 +232,15 @@ class CompletionOptions(BaseModel):
     def wanted_tokens(self) -> int | None:
         """The most tokens to generate; None: as many as the context allows."""
         return self.max_tokens
+
+    def fit_tokens(self) -> None:
+        """Take the most tokens to generate for a wish: as many as the context leaves are enough."""
+        self._fits_tokens = True
+
+    @property
+    def fits_tokens(self) -> bool:
+        """True if fewer tokens than `wanted_tokens` are enough."""
+        return self._fits_tokens
 
     @property
     def keeps_stops(self) -> bool:

@@ -16,7 +16,7 @@ from dynamo_redis.frontend.http.body_reader import BodyReader
 from dynamo_redis.frontend.http.errors import ApiError, context_length_exceeded, invalid
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.openai import ChatBody, TextBody
-from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.options import CompletionOptions, RequestBody
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
 from dynamo_redis.templates.protocol import MaskedText
@@ -54,7 +54,7 @@ class Preparation:
                 executor.shutdown(wait=False, cancel_futures=True)
         await self._reader.aclose()
 
-    async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
+    async def read(self, kind: type[RequestBody], content: list[bytearray]) -> Body:
         """Parse and check a body. Its pieces in `content` may be released. Raises ApiError."""
         return await self._reader.read(kind, content)
 
@@ -66,20 +66,7 @@ class Preparation:
         Raises ApiError for a request that the model cannot serve, TemplateError, and Overloaded.
         """
         options = body.options
-        prompts = await self._render_prompts(model, body)
-        size = sum(map(len, prompts))
-        if size <= model.tokenizer.inline_bytes and not isinstance(prompts[0], MaskedText):
-            tokenized = tokenize(model, options, prompts)
-        else:
-            if model.tokenizer not in self._threads:
-                count = os.cpu_count() or 1
-                self._threads[model.tokenizer] = (
-                    ThreadPoolExecutor(count, thread_name_prefix="prompt"),
-                    ThreadPoolExecutor(count, thread_name_prefix="large-prompt"),
-                )
-            executor = self._threads[model.tokenizer][size > LARGE_BYTES]
-            loop = asyncio.get_running_loop()
-            tokenized = await loop.run_in_executor(executor, tokenize, model, options, prompts)
+        tokenized = await self.token_ids(model, body)
         seeds = [options.seed]
         if (choice_count := options.n or 1) > 1:
             first = options.seed if options.seed is not None else secrets.randbits(31)
@@ -99,6 +86,25 @@ class Preparation:
                 for seed in seeds
             ]
         return requests
+
+    async def token_ids(self, model: LoadedModel, body: Body) -> list[list[int]]:
+        """Return the tokens of each prompt. Raises ApiError, TemplateError, and Overloaded.
+
+        A prompt somewhat over the model's context is returned, too; one far over it is refused.
+        """
+        prompts = await self._render_prompts(model, body)
+        size = sum(map(len, prompts))
+        if size <= model.tokenizer.inline_bytes and not isinstance(prompts[0], MaskedText):
+            return tokenize(model, body.options, prompts)
+        if model.tokenizer not in self._threads:
+            count = os.cpu_count() or 1
+            self._threads[model.tokenizer] = (
+                ThreadPoolExecutor(count, thread_name_prefix="prompt"),
+                ThreadPoolExecutor(count, thread_name_prefix="large-prompt"),
+            )
+        executor = self._threads[model.tokenizer][size > LARGE_BYTES]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(executor, tokenize, model, body.options, prompts)
 
     async def _render_prompts(self, model: LoadedModel, body: Body) -> list[Prompt]:
         if isinstance(body.source, list):
@@ -196,6 +202,8 @@ def _sampling_options(model: LoadedModel, body: CompletionOptions) -> SamplingOp
 def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOptions) -> StopConditions:
     left = model.context_length - len(prompt)
     wanted = body.wanted_tokens
+    if wanted is not None and body.fits_tokens:
+        wanted = min(wanted, max(left, 1))
     if left <= 0 or (wanted is not None and wanted > left):
         raise _too_long(body, len(prompt), wanted if left > 0 else None, model.context_length)
     conditions = StopConditions(ignore_eos=body.ignores_eos)

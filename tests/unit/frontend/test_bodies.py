@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.frontend.http import bodies
+from dynamo_redis.frontend.openai import TextBody
 
 PROMPTS = {"text": "\u00e9" * 2_000_000, "ids": [100_000] * 500_000}
 
@@ -24,7 +25,7 @@ def test_packed_prompt_is_kept_once(form: str, monkeypatch: pytest.MonkeyPatch) 
         return dumps(fields)
 
     content = json.dumps({"model": "m", "prompt": PROMPTS[form]}, ensure_ascii=False)
-    job = bytearray(bodies.TEXT + content.encode())
+    job = bytearray(TextBody.tag + content.encode())
     monkeypatch.setattr(pickle, "dumps", measure)
     tracemalloc.start()
     try:

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anthropic.types import MessageCountTokensParams
+from anthropic.types.message_create_params import MessageCreateParamsBase
 from openai.types.chat import completion_create_params as openai_chat
 from openai.types.completion_create_params import CompletionCreateParamsBase
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from typing_extensions import get_type_hints
 
 from dynamo_redis.frontend import guided, parameters
+from dynamo_redis.frontend.anthropic_body import CountBody, MessagesBody
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions, Extensions, StreamOptions
+from dynamo_redis.frontend.responses_body import ResponsesBody
 
 PAGE = Path(__file__).parents[3] / "docs" / "parameters.md"
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -109,6 +114,25 @@ def test_unknown_parameter_is_refused() -> None:
 def test_every_parameter_of_openai_is_known(kind: Any, parameters_of_openai: Any) -> None:
     known = {*kind.model_fields, *kind.further_parameters.refused, *kind.further_parameters.harmless}
     assert set(get_type_hints(parameters_of_openai)) - known == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters_of_client"),
+    [
+        (MessagesBody, MessageCreateParamsBase),
+        (CountBody, MessageCountTokensParams),
+        (ResponsesBody, ResponseCreateParamsBase),
+    ],
+)
+def test_parameters_of_other_apis_are_known(kind: Any, parameters_of_client: Any) -> None:
+    known = {*kind.model_fields, *kind.further_parameters.refused, *kind.further_parameters.harmless}
+    assert set(get_type_hints(parameters_of_client)) - known == set()
+
+
+@pytest.mark.parametrize(("kind", "heading"), [(MessagesBody, "Messages"), (ResponsesBody, "Responses")])
+def test_page_lists_parameters_of_other_apis(kind: Any, heading: str) -> None:
+    known = {*kind.model_fields, *kind.further_parameters.refused, *kind.further_parameters.harmless}
+    assert known <= listed(heading)
 
 
 # --------------------------------------------------------------------------- the page

@@ -20,10 +20,6 @@ class ErrorForm(Protocol):
         """Return the HTTP status and the JSON body of an error."""
         ...
 
-    def event(self, error: ApiError, request_id: str) -> bytes:
-        """Return the event of an error that ends a stream."""
-        ...
-
 
 class ChoiceEncoder(Protocol):
     """Encodes the events of one choice of a stream."""
@@ -64,6 +60,10 @@ class ResponseForm(Protocol):
 
     def end(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
         """Return the events that end a stream, after those of all choices."""
+        ...
+
+    def failure(self, error: ApiError, request_id: str) -> bytes:
+        """Return the events of an error that ends a stream."""
         ...
 
 

@@ -23,10 +23,6 @@ class OpenAiErrors:
         """See `ErrorForm`."""
         return error.status, error.body_bytes()
 
-    def event(self, error: ApiError, request_id: str) -> bytes:
-        """See `ErrorForm`."""
-        return event(error.body())
-
 
 OPENAI_ERRORS: Final[ErrorForm] = OpenAiErrors()
 
@@ -83,6 +79,10 @@ class CompletionForm:
         if not self._includes_usage:
             return DONE
         return event({**self._chunk_frame, "choices": [], "usage": openai_usage(usage)}) + DONE
+
+    def failure(self, error: ApiError, request_id: str) -> bytes:
+        """See `ResponseForm`."""
+        return event(error.body())
 
 
 class ChunkEncoder:

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Final, TypeAlias
 
+from dynamo_redis.frontend.anthropic_body import CountBody, MessagesBody
 from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
-from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.options import CompletionOptions, RequestBody
+from dynamo_redis.frontend.responses_body import ResponsesBody
 from dynamo_redis.templates.protocol import MaskedText, render_job
 
 MOST_OPTIONS_BYTES: Final = 256 << 10
 """Most bytes of all fields except those of the prompt, for a body that was parsed by the process."""
 
-CHAT: Final = b"c"
-TEXT: Final = b"t"
+_KINDS: Final[dict[bytes, type[RequestBody]]] = {
+    kind.tag: kind for kind in (ChatBody, TextBody, MessagesBody, CountBody, ResponsesBody)
+}
 
 _HEAD: Final = Struct("<I")
 
@@ -40,6 +43,8 @@ class Body:
 
     options: CompletionOptions
     source: Source
+    notes: bytes = b""
+    """See `RequestBody.notes`."""
 
     @property
     def choice_count(self) -> int:
@@ -68,15 +73,18 @@ def source_of(body: CompletionOptions) -> Source:
 
 def pack(job: bytearray) -> bytes:
     """Parse a body in the process, and encode the result for `unpack`."""
-    kind: type[CompletionOptions] = ChatBody if job.startswith(CHAT) else TextBody
+    kind = _KINDS[bytes(job[:1])]
     del job[:1]
     try:
-        options = read_body(kind, job)
+        body = read_body(kind, job)
         job.clear()
+        options, notes = body.options(), body.notes()
+        del body
         source = source_of(options)
-        options = options.model_copy(update=_WITHOUT_SOURCE[kind])
+        options = options.model_copy(update=_WITHOUT_SOURCE[type(options)])
         parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
-        del source
+        parts.insert(0, ("notes", notes))
+        del source, notes
         head = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
         if len(head) > MOST_OPTIONS_BYTES:
             raise invalid(
@@ -112,9 +120,11 @@ def unpack(answer: bytearray) -> Body:
     del answer[:end]
     if isinstance(head, dict):
         raise ApiError(**head)
-    options, parts = head
+    options, [(_, notes_size), *parts] = head
+    notes = bytes(answer[:notes_size])
+    del answer[:notes_size]
     if parts and parts[0][0] == "conversation":
-        return Body(options, answer)
+        return Body(options, answer, notes)
     prompts: list[Prompt] = []
     view = memoryview(answer)
     for form, size in parts:
@@ -124,4 +134,4 @@ def unpack(answer: bytearray) -> Body:
             prompts.append(ids := array("I"))
             ids.frombytes(view[:size])
         view = view[size:]
-    return Body(options, prompts)
+    return Body(options, prompts, notes)

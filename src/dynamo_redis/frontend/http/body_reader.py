@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from dynamo_redis.frontend.http.bodies import CHAT, TEXT, Body, source_of, unpack
+from dynamo_redis.frontend.http.bodies import Body, source_of, unpack
 from dynamo_redis.frontend.http.body_process import READ_LIMIT_S
 from dynamo_redis.frontend.http.errors import ApiError
-from dynamo_redis.frontend.openai import ChatBody, read_body
-from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.openai import read_body
+from dynamo_redis.frontend.options import RequestBody
 from dynamo_redis.jobs.lane import JobDied, JobError, JobOverrun, Lane
 
 INLINE_BYTES: Final = 64 << 10
@@ -50,7 +50,7 @@ class BodyReader:
             queue_count=QUEUE_COUNT,
         )
 
-    async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
+    async def read(self, kind: type[RequestBody], content: list[bytearray]) -> Body:
         """Parse a body, which may be in pieces. Raises ApiError.
 
         A large body is never joined here: copying 40 MiB takes longer than a turn of the loop may. Its pieces
@@ -58,11 +58,12 @@ class BodyReader:
         """
         size = sum(map(len, content))
         if size <= INLINE_BYTES:
-            options = read_body(kind, b"".join(content))
-            return Body(options, source_of(options))
+            body = read_body(kind, b"".join(content))
+            options = body.options()
+            return Body(options, source_of(options), body.notes())
         lane = self._medium if size <= LARGE_BYTES else self._large
         try:
-            reading = lane.run(CHAT if issubclass(kind, ChatBody) else TEXT, *content)
+            reading = lane.run(kind.tag, *content)
             content.clear()
             answer = await reading
         except JobOverrun as exc:

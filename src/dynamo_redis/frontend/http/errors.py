@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from typing import Any, Self
 
 from dynamo_redis import errors
@@ -42,6 +44,15 @@ class ApiError(Exception):
         """Set the status if the error is an overload; return the error."""
         if self.code == errors.Overloaded.code:
             self.status = status
+        return self
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Use another API's names of the fields: `names`, by the names here. Return the error."""
+        for name, other in names.items():
+            if self.param is not None and re.match(rf"{re.escape(name)}(?![\w-])", self.param):
+                self.message = self.message.replace(f"'{name}", f"'{other}")
+                self.param = other + self.param[len(name) :]
+                break
         return self
 
     def body(self) -> dict[str, Any]:

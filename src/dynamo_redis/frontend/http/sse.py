@@ -26,6 +26,11 @@ def event(value: Any) -> bytes:
     return f"data: {ascii_json(value)}\n\n".encode()
 
 
+def named_event(name: str, value: Any) -> bytes:
+    """Return an event with a name that carries a JSON value."""
+    return f"event: {name}\ndata: {ascii_json(value)}\n\n".encode()
+
+
 def escape(text: str) -> bytes:
     """Return text as a JSON string."""
     if text.isascii() or _LINE_SEPARATORS.isdisjoint(text):

@@ -14,7 +14,7 @@ SERVICE: Final = "inference.GRPCInferenceService"
 
 
 def _api(method: str, *, may_stream: bool) -> Api:
-    def form(model: str, body: CompletionOptions) -> KserveForm:
+    def form(model: str, body: CompletionOptions, _: bytes) -> KserveForm:
         assert isinstance(body, KserveBody)
         return KserveForm(model, body, is_stream_call=may_stream)
 

@@ -50,11 +50,6 @@ class KserveErrors:
         """Return the HTTP status, and the text of the error behind its code."""
         return error.status, f"{error.code or ''}\n{error.message}".encode(errors="replace")
 
-    def event(self, error: ApiError, request_id: str) -> bytes:
-        """Return an error that ends an answer half-way: an empty frame, then its status and text."""
-        status, text = self.response(error, request_id)
-        return framed(b"") + framed(f"{status}\n".encode() + text)
-
 
 KSERVE_ERRORS: Final[ErrorForm] = KserveErrors()
 
@@ -83,6 +78,11 @@ class KserveForm:
     def end(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
         """See `ResponseForm`: the last message of a choice is that of the stream."""
         return b""
+
+    def failure(self, error: ApiError, request_id: str) -> bytes:
+        """See `ResponseForm`: an empty frame, then the error's status and text."""
+        status, text = self.errors.response(error, request_id)
+        return framed(b"") + framed(f"{status}\n".encode() + text)
 
     def response(self, texts: Sequence[str], finish_reasons: Sequence[str]) -> ModelInferResponse:
         """Make a message with one element for each choice."""

@@ -37,7 +37,12 @@ _BY_STATUS: Final[dict[int, ErrorType]] = {
     529: "overload",
 }
 
-ENDPOINTS: Final[dict[Kind, str]] = {"chat": "chat_completions", "text": "completions"}
+ENDPOINTS: Final[dict[Kind, str]] = {
+    "chat": "chat_completions",
+    "text": "completions",
+    "messages": "anthropic_messages",
+    "responses": "responses",
+}
 
 
 def error_type(error: ApiError) -> ErrorType:
