@@ -21,6 +21,7 @@ from dynamo_redis.config import (
     PlaneSettings,
     RouterSettings,
     RuntimeSettings,
+    StoreSettings,
     SystemSettings,
     child_environment,
     env_name,
@@ -121,7 +122,9 @@ def _run_processes(settings: FrontendSettings, options: Mapping[str, str | None]
 
     async def main(siblings: Path) -> int:
         count = settings.frontend_processes_count
-        processes = FrontendProcesses(port, count, siblings, environment, runtime.drain_s)
+        processes = FrontendProcesses(
+            port, count, siblings, environment, runtime.drain_s, load(StoreSettings, options).loop_stall_s
+        )
         if system.system_port < 0:
             return await processes.run(announce_ready)
         from dynamo_redis.cli.frontend_health import serve_system_port

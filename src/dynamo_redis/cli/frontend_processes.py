@@ -3,6 +3,7 @@
 | task | started by | ends |
 |---|---|---|
 | one task for each place, which restarts its process (`_keep`) | `run` | cancelled when `run` ends |
+| the watch, which kills a process that hangs (`frontend_watch`) | `run` | cancelled when `run` ends |
 | replacement of all processes (`_replace_all`) | SIGHUP | when all are replaced; cancelled when `run` ends |
 
 A place has a listening socket, of which this process keeps a copy. So a process can be replaced without
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.frontend_watch import watch
 from dynamo_redis.cli.output import print_line
 from dynamo_redis.cli.service import READY
 from dynamo_redis.frontend.http.port import SharedPort
@@ -57,6 +59,8 @@ class FrontendProcess:
         self.leaving = asyncio.Event()
         """Set once it drains or has ended."""
         self.drains = False
+        self.silent_since: float | None = None
+        """When it was first found silent, on `time.monotonic`; None: it answers."""
         self.ended = asyncio.create_task(self._follow(), name=f"frontend process {child.pid}")
 
     @classmethod
@@ -151,20 +155,27 @@ class _Place:
 class FrontendProcesses:
     """Runs frontend processes on one port until SIGTERM or SIGINT. Call `run` once.
 
-    A process that dies is started again, after a pause that grows from 0.5 s to 10 s. One that is sent
-    SIGTERM gets a successor at once. SIGHUP replaces all, one after another.
+    A process that dies is started again, after a pause that grows from 0.5 s to 10 s; one that hangs for long
+    is killed. One that is sent SIGTERM gets a successor at once. SIGHUP replaces all, one after another.
     """
 
     def __init__(
-        self, port: SharedPort, count: int, siblings: Path, env: Mapping[str, str], drain_s: float
+        self,
+        port: SharedPort,
+        count: int,
+        siblings: Path,
+        env: Mapping[str, str],
+        drain_s: float,
+        stall_s: float,
     ) -> None:
         """`siblings` is a directory for sockets among the processes, `env` their environment, `drain_s` the
-        longest time of their shutdown."""
+        longest time of their shutdown. A process that hangs for `stall_s` is replaced; 0: never."""
         self._port = port
         self._siblings = siblings
         self._started_at = time.monotonic()
         self._env = env
         self._grace_s = drain_s + GRACE_BEYOND_DRAIN_S
+        self._stall_s = stall_s
         self._places = [_Place() for _ in range(count)]
         self._running: set[FrontendProcess] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -205,9 +216,15 @@ class FrontendProcesses:
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Return status and body of `/health`: 200 while each place has a process that serves."""
-        serving = [place.process.pid for place in self._places if place.serves and place.process is not None]
+        serving = [process.pid for process in self._serving() if process.silent_since is None]
         missing_count = len(self._places) - len(serving)
         reasons = [f"{missing_count} of {len(self._places)} processes do not serve"] if missing_count else []
+        now = time.monotonic()
+        reasons += [
+            f"process {process.pid} has not answered for {now - process.silent_since:.0f} s"
+            for process in self._serving()
+            if process.silent_since is not None
+        ]
         if self._stopping.is_set():
             reasons.insert(0, "the process is shutting down")
         uptime_s = time.monotonic() - self._started_at
@@ -221,6 +238,10 @@ class FrontendProcesses:
             body["reasons"] = reasons
         return (503 if reasons else 200), body
 
+    def _serving(self) -> list[FrontendProcess]:
+        """Return the processes that accept connections."""
+        return [place.process for place in self._places if place.serves and place.process is not None]
+
     async def _start(self, on_ready: Callable[[str], None]) -> int:
         """Start the first process, then all. Return the exit code of the first one if it does not start."""
         first = await self._launch(self._places[0])
@@ -232,6 +253,8 @@ class FrontendProcesses:
         for index, place in enumerate(self._places):
             supervisor = Supervisor(log, f"frontend process {index + 1}", pauses_s=_PAUSES_S)
             self._run(supervisor.run(partial(self._keep, place)))
+        supervisor = Supervisor(log, "watch of the frontend processes")
+        self._run(supervisor.run(partial(watch, self._serving, self._siblings, self._stall_s)))
         for place in self._places:
             await place.began.wait()
         on_ready(self._port.url)

@@ -118,6 +118,28 @@ async def test_killed_process_is_started_again(programs: Programs) -> None:
         assert f'pid="{second}"' in (await http.get(f"{system}/metrics")).text
 
 
+async def test_hung_process_shows_in_health(programs: Programs) -> None:
+    frontend = programs.frontend(
+        "--frontend-processes", "2", "--access-log", DYN_SYSTEM_PORT="0", DYN_SYSTEM_HOST="127.0.0.1"
+    )
+    url = await frontend.url()
+    system = (await frontend.until(r"(http://127\.0\.0\.1:\d+) serves /health", in_err=True))[1]
+    first = min(await serving_pids(url))
+    os.kill(first, signal.SIGSTOP)
+    await frontend.until(f"process {first} does not answer", in_err=True)
+    async with httpx.AsyncClient(timeout=WITHIN_S) as http:
+        response = await http.get(f"{system}/health")
+        assert response.status_code == 503
+        assert first not in response.json()["processes"]
+        assert re.search(rf"process {first} has not answered for \d+ s", " ".join(response.json()["reasons"]))
+        os.kill(first, signal.SIGCONT)
+        await frontend.until(f"process {first} answers again", in_err=True)
+        async with asyncio.timeout(WITHIN_S):
+            while (await http.get(f"{system}/health")).status_code != 200:
+                await asyncio.sleep(0.02)
+    assert "GET /live" not in frontend.err  # their own looks have no access lines
+
+
 async def test_no_hangup_is_lost(programs: Programs) -> None:
     """Neither one that comes while a process is dead, nor one that comes during a replacement."""
     frontend = programs.frontend("--frontend-processes", "2")

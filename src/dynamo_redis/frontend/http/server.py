@@ -25,7 +25,7 @@ from dynamo_redis.frontend.http.acceptor import Acceptor
 from dynamo_redis.frontend.http.limits import HttpLimits
 from dynamo_redis.frontend.http.port import bind, url_of
 from dynamo_redis.frontend.http.protocol import HttpProtocol
-from dynamo_redis.frontend.http.siblings import sibling_socket, with_all_metrics
+from dynamo_redis.frontend.http.siblings import apart_from_siblings, sibling_socket, with_all_metrics
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import observed
 from dynamo_redis.frontend.prompts import Preparation
@@ -90,7 +90,7 @@ async def serve_frontend(
         listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
             async with models:
-                app: ASGIApp = make_app(
+                app = own = make_app(
                     models,
                     preparation,
                     settings,
@@ -106,6 +106,8 @@ async def serve_frontend(
                         app = with_all_metrics(app, siblings)
                         await _load_first(runtime, models)
                     app = observed(app, logs=settings.access_log)
+                    if siblings is not None:
+                        app = apart_from_siblings(app, own)
                     if settings.kserve_grpc_server:
                         port = await stack.enter_async_context(_kserve_server(app, models, settings, runtime))
                         if on_grpc_ready is not None:

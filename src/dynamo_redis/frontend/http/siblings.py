@@ -24,7 +24,7 @@ from dynamo_redis.exposition import CONTENT_TYPE
 ANSWER_S: Final = 2.0
 MOST_ANSWER_BYTES: Final = 16 << 20
 _NAME: Final = re.compile(r"[^{ ]+")
-_REQUEST: Final = b"GET /metrics HTTP/1.0\r\nHost: sibling\r\n\r\n"
+_REQUEST: Final = b"GET %s HTTP/1.0\r\nHost: sibling\r\n\r\n"
 
 
 @contextmanager
@@ -48,15 +48,30 @@ async def all_metrics(directory: Path) -> str:
     return merge({path.name: text for path, text in zip(paths, texts, strict=True) if text is not None})
 
 
+async def answers(directory: Path, process: int) -> bool:
+    """Return whether a process answers in time, be it with a refusal: its event loop runs."""
+    return bool(await _get(directory / str(process), b"/live"))
+
+
 def with_all_metrics(app: ASGIApp, directory: Path) -> ASGIApp:
-    """Wrap an application: `GET /metrics` on its port has the metrics of all processes."""
+    """Wrap an application: `GET /metrics` has the metrics of all processes."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("path") != "/metrics" or scope["method"] not in ("GET", "HEAD") or _is_sibling(scope):
+        if scope.get("path") != "/metrics" or scope["method"] not in ("GET", "HEAD"):
             await app(scope, receive, send)
             return
         response = Response(await all_metrics(directory), media_type=CONTENT_TYPE)
         await response(scope, receive, send)
+
+    return serve
+
+
+def apart_from_siblings(app: ASGIApp, own: ASGIApp) -> ASGIApp:
+    """Wrap an application: requests of the other processes go to `own`, which writes no access lines."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        is_sibling = scope["type"] == "http" and _is_sibling(scope)
+        await (own if is_sibling else app)(scope, receive, send)
 
     return serve
 
@@ -103,17 +118,25 @@ def _sockets(directory: Path) -> list[Path]:
 
 async def _ask(path: Path) -> str | None:
     """Return a process's own metrics; None if it does not answer."""
+    head, _, body = (await _get(path, b"/metrics")).partition(b"\r\n\r\n")
+    with suppress(ValueError):
+        if b" 200 " in head.partition(b"\r\n")[0]:
+            return body.decode()
+    return None
+
+
+async def _get(path: Path, what: bytes) -> bytes:
+    """Return a process's response; empty if it does not answer in time."""
     content = bytearray()
-    with suppress(OSError, ValueError):  # TimeoutError is an OSError
+    try:
         async with asyncio.timeout(ANSWER_S):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
-                writer.write(_REQUEST)
+                writer.write(_REQUEST % what)
                 while (piece := await reader.read(64 << 10)) and len(content) <= MOST_ANSWER_BYTES:
                     content += piece
             finally:
                 writer.close()
-        head, _, body = bytes(content).partition(b"\r\n\r\n")
-        if b" 200 " in head.partition(b"\r\n")[0]:
-            return body.decode()
-    return None
+    except OSError:  # TimeoutError is one
+        return b""
+    return bytes(content)
