@@ -17,8 +17,28 @@ from random import Random
 from typing import Any
 
 PROGRAM = Path(__file__).parent / "programs" / "dynamo_answers.py"
-ORIGIN = "the answers of ai-dynamo-runtime 1.6.1, made by tests/dynamo_histories.py"
+ORIGIN = "the answers of ai-dynamo-runtime and ai-dynamo 1.6.1, made by tests/dynamo_histories.py"
 TREES, HASHES = 30, 40
+MODULES = (
+    "dynamo._core",
+    "dynamo.runtime",
+    "dynamo.runtime.logging",
+    "dynamo.llm",
+    "dynamo.llm.exceptions",
+    "dynamo.common.backend",
+    "dynamo.common.backend.engine",
+    "dynamo.common.backend.worker",
+    "dynamo.common.backend.run",
+    "dynamo.common.backend.publisher",
+    "dynamo.common.backend.metrics",
+    "dynamo.common.backend.telemetry",
+    "dynamo.common.backend.health_check",
+    "dynamo.common.backend.disagg",
+    "dynamo.common.backend.dp_rank",
+    "dynamo.common.constants",
+)
+"""The modules whose names are stored. Those of `dynamo.common` are in the package `ai-dynamo`."""
+
 
 Question = list[Any]
 
@@ -102,15 +122,19 @@ def asker(python: str) -> Iterator[Asker]:
             process.kill()
 
 
+def _lines(names: dict[str, Any]) -> str:
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(names[name])}" for name in names) + "\n}"
+
+
 def main() -> None:
     random = Random(1)
     questions = [tree_question(random) for _ in range(TREES)]
     questions += [hash_question(random) for _ in range(HASHES)]
     with asker(sys.argv[1]) as real:
         answers = [real.ask(question) for question in questions]
-        names = real.ask(["names"])
-    sys.stdout.write('{\n"origin": ' + json.dumps(ORIGIN) + ',\n"names": {\n')
-    sys.stdout.write(",\n".join(f"{json.dumps(name)}: {json.dumps(names[name])}" for name in names))
+        modules = {module: real.ask(["names", module]) for module in MODULES}
+    sys.stdout.write('{\n"origin": ' + json.dumps(ORIGIN) + ',\n"modules": {\n')
+    sys.stdout.write(",\n".join(f"{json.dumps(module)}: {_lines(modules[module])}" for module in modules))
     sys.stdout.write('\n},\n"answers": [\n')
     pairs = zip(questions, answers, strict=True)
     sys.stdout.write(",\n".join(json.dumps(pair, separators=(",", ":")) for pair in pairs))

@@ -1,12 +1,13 @@
 """Answers of the real `ai-dynamo-runtime`, for tests that compare: one JSON line in, one JSON line out.
 
-Run by an interpreter that has the package. A line is `["names"]`, `["hashes", [arguments…]]` or
+Run by an interpreter that has the package. A line is `["names", module]`, `["hashes", [arguments…]]` or
 `["tree", [steps…]]`; a step is `["apply", worker, event]`, `["find", sequence, early_exit]`,
 `["remove_worker", worker]`, `["clear", worker]` or `["dump"]`.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import sys
@@ -14,17 +15,27 @@ from typing import Any
 
 
 def names(module: Any) -> dict[str, Any]:
-    """Return the public names of `dynamo.llm`: parameters of functions, and of the members of classes."""
+    """Return the public names of a module: parameters of functions, and of the members of classes."""
     found: dict[str, Any] = {}
     for name in sorted(vars(module)):
         value = getattr(module, name)
-        if name.startswith("_") or name in ("Any", "AsyncIterator", "Protocol") or inspect.ismodule(value):
+        if name.startswith("_") or name in ("TYPE_CHECKING", "annotations", "logger"):
+            continue
+        if name not in getattr(module, "__all__", ()) and not _is_of(value, module.__name__):
             continue
         found[name] = {"parameters": parameters(value)}
         if isinstance(value, type) and not issubclass(value, Exception):
             members = (member for member in dir(value) if not member.startswith("_"))
             found[name]["members"] = {member: parameters(getattr(value, member)) for member in members}
     return found
+
+
+def _is_of(value: Any, module: str) -> bool:
+    """Return whether a class or function is of the module. Those of `_core` do not say where they are."""
+    home = getattr(value, "__module__", None) or "builtins"
+    if module.startswith("dynamo.common"):
+        return bool(home == module)
+    return callable(value) and home.startswith(("builtins", "dynamo", "_core", "backend"))
 
 
 def parameters(value: Any) -> list[str] | None:
@@ -71,7 +82,7 @@ def _step(made: Any, kind: str, *arguments: Any) -> Any:
 
 def answer(llm: Any, kind: str, *arguments: Any) -> Any:
     if kind == "names":
-        return names(llm)
+        return names(importlib.import_module(*arguments))
     return hashes(llm, *arguments) if kind == "hashes" else tree(llm, *arguments)
 
 

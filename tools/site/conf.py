@@ -34,6 +34,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
         "docs/kserve",
         "docs/write-your-engine",
         "docs/engines",
+        "docs/moving-from-dynamo",
         "docs/python-api",
         "docs/python-api/*",
         "docs/dynamo-names",

@@ -9,7 +9,12 @@ names the setting.
 from __future__ import annotations
 
 from dynamo_redis.config.base import PemFile, SettingsGroup, env_name, parse_duration, unit_of
-from dynamo_redis.config.engines import MockEngineSettings, ModelSettings, OpenAIEngineSettings
+from dynamo_redis.config.engines import (
+    MockEngineSettings,
+    ModelSettings,
+    OpenAIEngineSettings,
+    UnifiedBackendSettings,
+)
 from dynamo_redis.config.events import EventSettings
 from dynamo_redis.config.origins import Origin, child_environment, origins
 from dynamo_redis.config.plane import PlaneSettings
@@ -46,6 +51,7 @@ __all__ = [
     "StoreSettings",
     "SystemSettings",
     "TracingSettings",
+    "UnifiedBackendSettings",
     "child_environment",
     "env_name",
     "origins",
@@ -72,6 +78,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     ModelSettings,
     MockEngineSettings,
     OpenAIEngineSettings,
+    UnifiedBackendSettings,
     FixtureSettings,
 )
 """All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""

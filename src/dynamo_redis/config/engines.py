@@ -176,3 +176,14 @@ class OpenAIEngineSettings(SettingsGroup):
         "counts as down.",
         unit="s",
     )
+
+
+class UnifiedBackendSettings(SettingsGroup):
+    """Engines of the unified backend."""
+
+    health_check_payload: str | None = setting(
+        "DYN_HEALTH_CHECK_PAYLOAD",
+        None,
+        "The request that an engine gets as a health check in place of its own: a JSON object, or `@` and "
+        "the path of a file. The command line is the engine's.",
+    )

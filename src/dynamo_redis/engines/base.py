@@ -65,13 +65,14 @@ class EngineCapacity:
     """The sizes of the engine, as in the model card, which is updated when they change.
 
     All but `data_parallel_size` and `context_length` are of one data-parallel rank. `context_length` is the
-    engine's limit for a prompt and its answer together; None: as in the model's files.
+    engine's limit for a prompt and its answer together; None: as in the model's files. Other sizes that are
+    None are not known.
     """
 
-    total_kv_blocks: int
+    total_kv_blocks: int | None
     kv_block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
     data_parallel_size: int = 1
     context_length: int | None = None
 
@@ -97,15 +98,15 @@ class EngineLoad:
     """The present load of one data-parallel rank.
 
     `active_blocks` is the number of blocks that running requests hold, `prefix_hit_rate` the part of all
-    prompt tokens that was found in the cache. Either is None if unknown; routers then use their own count of
-    the requests that they have sent to the worker.
+    prompt tokens that was found in the cache. What is None is unknown; without `active_blocks` routers use
+    their own count of the requests that they have sent to the worker.
     """
 
     dp_rank: int
     running_count: int
-    waiting_count: int
+    waiting_count: int | None
     active_blocks: int | None
-    total_blocks: int
+    total_blocks: int | None
     prefix_hit_rate: float | None = None
     last_pass: ForwardPass | None = None
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextvars import ContextVar
 from typing import Any
 
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import tracing
+
+current_engine_span: ContextVar[tracing.Span | None] = ContextVar("current_engine_span", default=None)
+"""The span of the request that this code of an engine works for."""
 
 
 def with_engine_span(generate: Handler) -> Handler:
@@ -25,6 +29,7 @@ def with_engine_span(generate: Handler) -> Handler:
 
 async def _watch(items: Any, span: tracing.Span, context: Context) -> AsyncGenerator[Any]:
     token_count, last = 0, None
+    current_engine_span.set(span)
     try:
         async for last in items:
             if not token_count:
@@ -46,6 +51,7 @@ async def _watch(items: Any, span: tracing.Span, context: Context) -> AsyncGener
                 span.set({"gen_ai.response.finish_reasons": [reason]})
             span.set({"gen_ai.usage.output_tokens": token_count})
             span.end()
+            current_engine_span.set(None)
 
 
 def _token_count(item: Any) -> int:

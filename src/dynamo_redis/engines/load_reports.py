@@ -11,28 +11,32 @@ from dynamo_redis.events.load_publisher import INTERVAL_S, LoadPublisher
 from dynamo_redis.wire.topics import FORWARD_PASS_METRICS, KV_METRICS
 
 
-def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
+def kv_metrics(load: EngineLoad, slot_count: int | None) -> dict[str, Any]:
     """Return the `kv_metrics` event of a rank; `slot_count` is the most requests that it runs at once.
 
     Unknown values are left out: a 0 would replace the blocks that routers have booked.
     """
-    kv_stats = {
-        "kv_total_blocks": load.total_blocks,
-        "gpu_prefix_cache_hit_rate": load.prefix_hit_rate or 0.0,
-    }
+    used_part = None
     if load.active_blocks is not None:
-        kv_stats["kv_active_blocks"] = load.active_blocks
         used_part = load.active_blocks / load.total_blocks if load.total_blocks else 0.0
-        kv_stats["gpu_cache_usage_perc"] = used_part
     return {
-        "worker_stats": {
-            "data_parallel_rank": load.dp_rank,
-            "request_active_slots": load.running_count,
-            "request_total_slots": slot_count,
-            "num_requests_waiting": load.waiting_count,
-        },
-        "kv_stats": kv_stats,
+        "worker_stats": _without_none(
+            data_parallel_rank=load.dp_rank,
+            request_active_slots=load.running_count,
+            request_total_slots=slot_count,
+            num_requests_waiting=load.waiting_count,
+        ),
+        "kv_stats": _without_none(
+            kv_total_blocks=load.total_blocks,
+            gpu_prefix_cache_hit_rate=load.prefix_hit_rate or 0.0,
+            kv_active_blocks=load.active_blocks,
+            gpu_cache_usage_perc=used_part,
+        ),
     }
+
+
+def _without_none(**stats: float | None) -> dict[str, float]:
+    return {name: value for name, value in stats.items() if value is not None}
 
 
 def forward_pass_metrics(dp_rank: int, forward_pass: ForwardPass) -> dict[str, Any]:

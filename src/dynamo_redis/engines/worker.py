@@ -18,7 +18,7 @@ from dynamo_redis.engines.load_reports import load_metrics, report_load
 from dynamo_redis.errors import ModelError, StoreError
 from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.events.worker_events import WorkerEvents
-from dynamo_redis.models.card import ModelCard, RuntimeConfig
+from dynamo_redis.models.card import ModelCard, ModelKind, RuntimeConfig
 from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
@@ -60,6 +60,9 @@ async def serve_engine(
     endpoint: str,
     model_name: str,
     migration_limit: int = 0,
+    model_type: ModelKind | None = None,
+    metrics_labels: list[tuple[str, str]] | None = None,
+    health_check_payload: dict[str, Any] | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the engine at `endpoint` (`namespace.component.generate`) until the runtime shuts down.
@@ -84,6 +87,8 @@ async def serve_engine(
         endpoint: the endpoint's whole name.
         model_name: the model's name in requests.
         migration_limit: how often an answer may go on at another worker after its worker was lost.
+        model_type: the kinds of request; None: all that the model's files allow.
+        metrics_labels, health_check_payload: of `generate`, as `Endpoint.serve_endpoint` takes them.
         on_ready: called with a line of text for the user when callers can find the model.
     """
     name = EndpointName.parse(endpoint)
@@ -95,10 +100,14 @@ async def serve_engine(
             await _publish(runtime, engine, name, stack)
         await _serve_beside(runtime, engine, name, stack)
         generate = runtime.endpoint(endpoint)
-        served = await generate.start_serving(with_engine_span(engine.generate))
+        served = await generate.start_serving(
+            with_engine_span(engine.generate),
+            metrics_labels=metrics_labels,
+            health_check_payload=health_check_payload,
+        )
         stack.push_async_callback(served.unregister)
         follower = CardFollower(
-            engine, model, model_name, runtime.settings.events.event_plane, migration_limit
+            engine, model, model_name, runtime.settings.events.event_plane, migration_limit, model_type
         )
         card = follower.first_card()
         registration = await publish_model(runtime, name, model, card)
@@ -164,12 +173,14 @@ class CardFollower:
         model_name: str,
         event_plane: str,
         migration_limit: int,
+        model_type: ModelKind | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
         self._model_name = model_name
         self._event_plane = event_plane
         self._migration_limit = migration_limit
+        self._model_type = model_type
         self._published = engine.capacity
 
     def first_card(self) -> ModelCard:
@@ -210,6 +221,7 @@ class CardFollower:
         return make_card(
             model,
             model_name=self._model_name,
+            model_type=self._model_type,
             migration_limit=self._migration_limit,
             kv_cache_block_size=capacity.kv_block_size,
             runtime_config=RuntimeConfig(

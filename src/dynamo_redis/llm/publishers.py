@@ -69,6 +69,14 @@ class KvEventPublisher:
                 f"kv_block_size={kv_block_size} must be {self._rank.block_size} as other ranks'"
             )
 
+    @classmethod
+    def of_rank(cls, rank: KvPublisher) -> KvEventPublisher:
+        """Return a publisher that reports to `rank`, which the worker has published already."""
+        publisher = cls.__new__(cls)
+        publisher._loop = _LoopThread()
+        publisher._rank = rank
+        return publisher
+
     def publish_stored(
         self,
         token_ids: Sequence[int],

@@ -158,15 +158,8 @@ async def _register(
     runtime, name = place_of(endpoint)
     if without_effect := config.without_effect():
         log.warning("ModelRuntimeConfig: %s: not known here, no effect", ", ".join(without_effect))
-    model = await asyncio.to_thread(_read, path, template, config.context_length)
-    if not model.chat_templates and not completes:
-        raise ModelError(
-            f"{path} has no chat template, so it cannot be served as ModelType.Chat: give "
-            "custom_template_path, or add ModelType.Completions"
-        )
-    model_type: ModelKind = "completions"
-    if model.chat_templates and chats:
-        model_type = "chat+completions" if completes else "chat"
+    model = await asyncio.to_thread(read_model, path, template, config.context_length)
+    model_type = model_kind(model, path, chats=chats, completes=completes)
     if config.data_parallel_start_rank:
         raise ConfigError(
             f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
@@ -192,7 +185,19 @@ async def _register(
     await _models_of(runtime).publish(name, model, card)
 
 
-def _read(path: Path, template: Path | None, context_length: int | None) -> ModelDirectory:
+def model_kind(model: ModelDirectory, path: Path, *, chats: bool, completes: bool) -> ModelKind:
+    """Return the kinds of request that a model serves of those wanted. Raises ModelError if it is none."""
+    if not model.chat_templates and not completes:
+        raise ModelError(
+            f"{path} has no chat template, so it cannot be served for chat: give a template, or serve "
+            "completions, too"
+        )
+    if not model.chat_templates or not chats:
+        return "completions"
+    return "chat+completions" if completes else "chat"
+
+
+def read_model(path: Path, template: Path | None, context_length: int | None) -> ModelDirectory:
     """Read the files, and try the templates as a frontend will do. Blocks. Raises ModelError."""
     if not path.exists():
         raise ModelError(f"there is no {path}: name a directory on this machine, nothing is downloaded")

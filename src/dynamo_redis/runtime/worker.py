@@ -50,30 +50,38 @@ def dynamo_worker(
     ) -> Callable[P, Coroutine[Any, Any, R]]:
         @functools.wraps(main)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not logging.getLogger().handlers:
-                configure_dynamo_logging()
-            for sentence in unknown_settings().values():
-                log.warning("%s", sentence)
-            runtime = DistributedRuntime(asyncio.get_running_loop())
-            configure_tracing("dynamo-worker", format_instance_id(runtime.instance_id))
-            runtime.handle_signals()
-            try:
-                try:
-                    await runtime.start()
-                except StoreUnavailable as exc:
-                    if not runtime.is_shutting_down:
-                        raise
-                    log.info("ended by the shutdown: %s", exc)
-                    raise SystemExit(1) from None
-                async with _ended_after_shutdown(runtime):
-                    return await main(runtime, *args, **kwargs)
-            finally:
-                await runtime.aclose()
-                await close_tracing()
+            return await run_worker(DistributedRuntime, lambda runtime: main(runtime, *args, **kwargs))
 
         return run
 
     return decorate
+
+
+async def run_worker(
+    make_runtime: Callable[[], DistributedRuntime], main: Callable[[DistributedRuntime], Awaitable[R]]
+) -> R:
+    """Make a runtime, pass it to the main function of a worker process, and close it, as `dynamo_worker`
+    describes."""
+    if not logging.getLogger().handlers:
+        configure_dynamo_logging()
+    for sentence in unknown_settings().values():
+        log.warning("%s", sentence)
+    runtime = make_runtime()
+    configure_tracing("dynamo-worker", format_instance_id(runtime.instance_id))
+    runtime.handle_signals()
+    try:
+        try:
+            await runtime.start()
+        except StoreUnavailable as exc:
+            if not runtime.is_shutting_down:
+                raise
+            log.info("ended by the shutdown: %s", exc)
+            raise SystemExit(1) from None
+        async with _ended_after_shutdown(runtime):
+            return await main(runtime)
+    finally:
+        await runtime.aclose()
+        await close_tracing()
 
 
 @asynccontextmanager

@@ -282,7 +282,7 @@ class EngineServer:
 
     def loads(self) -> list[EngineLoad]:
         """Return the load of each rank by the server's metrics; empty without metrics."""
-        total_blocks = self.capacity.total_kv_blocks
+        total_blocks = self.capacity.total_kv_blocks or DEFAULT_TOTAL_KV_BLOCKS
         return [
             EngineLoad(
                 dp_rank=dp_rank,

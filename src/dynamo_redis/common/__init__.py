@@ -1,0 +1,1 @@
+"""What workers written for Dynamo import from `dynamo.common`."""
