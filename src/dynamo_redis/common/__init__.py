@@ -1,1 +1,1 @@
-"""What workers written for Dynamo import from `dynamo.common`."""
+"""The names that workers written for Dynamo import from `dynamo.common`."""

@@ -78,7 +78,7 @@ class LlmRegistration:
 
 @dataclass
 class EngineConfig:
-    """What a started engine says of itself.
+    """The description of itself that a started engine returns.
 
     `model` is the directory of the model's files, `served_model_name` the name in requests. The names of
     `WorkerConfig` come first.
