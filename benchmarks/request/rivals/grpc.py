@@ -32,7 +32,7 @@ def _streaming(kind: Kind) -> Any:
 async def serve(announce: Announce) -> None:
     """Serve the kinds as methods, without serializers."""
     server = grpc.aio.server(options=OPTIONS)
-    handlers = {
+    handlers: dict[str, Any] = {
         kind: grpc.unary_unary_rpc_method_handler(_echo) if kind == "echo" else _streaming(kind)
         for kind in KINDS
     }
