@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -33,8 +33,8 @@ class Api:
     form: Callable[[str, CompletionOptions, bytes], ResponseForm]
     """Makes the form of a response from the model's name, the options and the notes of the body."""
     errors: ErrorForm = OPENAI_ERRORS
-    read: Callable[[list[bytearray]], Body] | None = None
-    """Reads a body that is no JSON, given in pieces. Raises ApiError."""
+    read: Callable[[list[bytearray]], Awaitable[Body]] | None = None
+    """Reads a body that is no JSON, given in pieces, which may be released. Raises ApiError."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Its names of fields of a chat, for errors; those that are the same may be left out."""
     id_headers: tuple[bytes, ...] = (b"x-request-id",)

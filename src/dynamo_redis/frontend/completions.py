@@ -159,7 +159,7 @@ class Completions:
             content = await read_limited(scope, receive, self._limit_bytes, held)
             await place.take(receive)  # the time-out of the reading bounds the wait, too
             if self._api.read is not None:
-                body = self._api.read(content)
+                body = await self._api.read(content)
             else:
                 body = await self._preparation.read(self._api.body, content)
             del content

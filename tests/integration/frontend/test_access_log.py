@@ -8,12 +8,15 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
 
 from dynamo_redis.frontend.observation import access_log
 from dynamo_redis.runtime.logging import JsonFormatter, TextFormatter
 from tests.frontend_deployment import Deployment, until_healthy
+from tests.kserve_client import infer_request, kserve_client
 
 WITHIN_S = 60.0
 PROMPT = {"model": "demo", "prompt": "A secret prompt.", "max_tokens": 6, "ignore_eos": True}
@@ -139,3 +142,19 @@ async def test_requests_have_no_line_by_default(
                 assert answer.status_code == 200
     assert not lines.texts
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("dynamo_redis")]
+
+
+async def test_call_over_grpc_has_a_line(deployment: Deployment, lines: Lines) -> None:
+    ports: list[int] = []
+    await deployment.worker()
+    url = await deployment.frontend(ports.append, access_log=True, kserve_grpc_server=True, grpc_port=0)
+    await wait_until_healthy(url, lines)
+    async with kserve_client(ports[0]) as client:
+        request = infer_request(parameters={"max_tokens": 6, "ignore_eos": True})
+        await client.answer(request, metadata=(("x-request-id", "mine"),))
+        line = await lines.last(1)
+        assert (line["path"], line["status"]) == ("/inference.GRPCInferenceService/ModelInfer", 200)
+        assert (line["model"], line["completion_tokens"], line["request_id"]) == ("demo", 6, "mine")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await client.infer(infer_request(model_name="unknown"))
+        assert ((await lines.last(2))["status"], lines.objects[1]["error"]) == (404, "not_found")

@@ -6,6 +6,7 @@ Everything that a request says is served or refused by name: the tensors as in D
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,10 @@ from google.protobuf.message import DecodeError
 from pydantic import PrivateAttr
 
 from dynamo_redis.frontend.http.bodies import Body
+from dynamo_redis.frontend.http.body_reader import INLINE_BYTES
 from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.kserve.inference_pb2 import InferParameter, ModelInferRequest
+from dynamo_redis.frontend.kserve.wire_size import BrokenMessage, check_size
 from dynamo_redis.frontend.openai import TextBody, read_body
 from dynamo_redis.frontend.parameters import unsupported
 
@@ -28,8 +31,6 @@ VERSION: Final = "1"
 
 FINAL_FLAG: Final = "triton_enable_empty_final_response"
 """Triton's parameter that asks for a mark on the last response, which each stream has here in any case."""
-
-_MOST_PARAMETERS: Final = 256
 
 _JSON: Final = frozenset(
     (
@@ -87,15 +88,24 @@ class KserveBody(TextBody):
         return self._is_raw
 
 
-def read_request(content: list[bytearray], *, may_stream: bool) -> Body:
+async def read_request(content: list[bytearray], *, may_stream: bool) -> Body:
     """Check a serialized ModelInferRequest, given in pieces. Return its body. Raises ApiError.
 
-    `may_stream`: the call takes more than one response.
+    `may_stream`: the call takes more than one response. A large message is parsed in a thread.
     """
+    message = b"".join(content)
+    content.clear()
     try:
-        request = ModelInferRequest.FromString(b"".join(content))
-    except DecodeError as exc:
+        check_size(memoryview(message))
+        if len(message) <= INLINE_BYTES:
+            return _read(message, may_stream=may_stream)
+        return await asyncio.to_thread(_read, message, may_stream=may_stream)
+    except (BrokenMessage, DecodeError) as exc:
         raise invalid("The message is not a ModelInferRequest.") from exc
+
+
+def _read(message: bytes, *, may_stream: bool) -> Body:
+    request = ModelInferRequest.FromString(message)
     if request.model_version not in ("", VERSION):
         raise ApiError(
             404,
@@ -115,14 +125,6 @@ def read_request(content: list[bytearray], *, may_stream: bool) -> Body:
     body._outputs = _read_outputs(request)
     body._is_raw = bool(request.raw_input_contents)
     return Body(body, [text])
-
-
-def request_id_of(content: bytes) -> str:
-    """Return the id in a serialized request, if it can be read."""
-    try:
-        return ModelInferRequest.FromString(content).id
-    except DecodeError:
-        return ""
 
 
 # --------------------------------------------------------------------------- tensors
@@ -242,8 +244,6 @@ def _read_outputs(request: ModelInferRequest) -> tuple[str, ...]:
 
 def _read_parameters(parameters: Mapping[str, InferParameter]) -> dict[str, Any]:
     """Return the parameters of the request as fields of a completion's body."""
-    if len(parameters) > _MOST_PARAMETERS:
-        raise invalid(f"The request has over {_MOST_PARAMETERS} parameters.", "parameters")
     fields: dict[str, Any] = {}
     for name, parameter in parameters.items():
         sort = parameter.WhichOneof("parameter_choice")

@@ -31,9 +31,9 @@ from dynamo_redis.frontend.http.responses import Event
 from dynamo_redis.frontend.kserve import inference_pb2 as pb
 from dynamo_redis.frontend.kserve.apis import INFER, SERVICE, STREAM_INFER
 from dynamo_redis.frontend.kserve.metadata import Metadata
-from dynamo_redis.frontend.kserve.requests import request_id_of
 from dynamo_redis.frontend.kserve.responses import messages_of
 from dynamo_redis.frontend.kserve.status import Refusal, refusal_of
+from dynamo_redis.frontend.kserve.wire_size import id_in
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class InferenceService:
                 await _abort(call, refusal)
             message = pb.ModelStreamInferResponse(
                 error_message=f"{refusal.status.name}: {refusal.message}",
-                infer_response=pb.ModelInferResponse(id=request_id_of(content)),
+                infer_response=pb.ModelInferResponse(id=id_in(memoryview(content))),
             )
             await call.write(message.SerializeToString())
 
@@ -147,6 +147,9 @@ class InferenceService:
         try:
             await asyncio.shield(serving)
         except asyncio.CancelledError:
+            left_s = _time_left_s(call)
+            if left_s is not None and left_s < DEADLINE_MARGIN_S:  # the request ends by its own deadline
+                await asyncio.wait({serving}, timeout=DEADLINE_MARGIN_S + max(0.0, left_s))
             request.gone.set()
             await asyncio.wait({serving})
             raise
@@ -171,7 +174,7 @@ class _Request:
             "method": "POST",
             "path": api.path,
             "headers": _headers(call),
-            TIMEOUT_S: call.time_remaining(),
+            TIMEOUT_S: _time_left_s(call),
         }
         self.gone = asyncio.Event()
         """Set once the client has left, or reads nothing."""
@@ -243,6 +246,11 @@ def _headers(call: Call) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def _time_left_s(call: Call) -> float | None:
+    """Return the time to the deadline of a call; None if it has none."""
+    return call.time_remaining()
+
+
 async def _abort(call: Call, refusal: Refusal) -> NoReturn:
     """End a call with an error."""
     await call.abort(refusal.status, refusal.message, refusal.metadata)
@@ -261,6 +269,9 @@ def _answering(answer: Callable[[Any], Any]) -> Callable[[Any, Call], Awaitable[
 
 
 # --------------------------------------------------------------------------- lifetime
+
+DEADLINE_MARGIN_S: Final = 0.2
+"""A call that is cancelled this close to its deadline was cancelled by it."""
 
 KEEP_ALIVE_S: Final = 60.0
 """A client that has gone without a word is noticed by a ping after this time."""
@@ -289,6 +300,7 @@ async def serving_kserve(
             ("grpc.so_reuseport", int(settings.frontend_processes_count > 1)),
             ("grpc.max_receive_message_length", int(settings.max_body_bytes)),
             ("grpc.max_send_message_length", -1),
+            ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could be many
             ("grpc.keepalive_time_ms", int(KEEP_ALIVE_S * 1000)),
             ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
         ],

@@ -77,6 +77,9 @@ BAD: dict[str, tuple[pb.ModelInferRequest | bytes, str]] = {
         infer_request(text_tensor(parameters={"shared_memory_region": parameter("x")})),
         "text_input.shared_memory_region",
     ),
+    "many inputs": (infer_request(*[text_tensor(b"")] * 3000), "All of the request but"),
+    "large parameter": (infer_request(parameters={"bad_words": "[" * 70_000}), "All of the request but"),
+    "cut": (infer_request().SerializeToString()[:-1], "not a ModelInferRequest"),
     "unknown output": (
         infer_request(outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name="logits")]),
         "Unknown output: 'logits'",
@@ -175,6 +178,24 @@ async def test_large_messages_are_refused(client: KserveClient) -> None:
     status, text = await refused(client, infer_request(text_tensor(b"a" * LIMIT_BYTES)))
     assert (status, "larger than max" in text) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
     assert (await client.answer(infer_request())).model_name == "demo"
+
+
+async def test_compressed_messages_are_refused(client: KserveClient) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="disabled") as caught:
+        await client.infer(infer_request(text_tensor(b"a" * 1000)), compression=grpc.Compression.Gzip)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_large_text_is_read(open_frontend: OpenFrontend) -> None:
+    frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0)
+    large = infer_request(text_tensor(b"a" * (2 << 20)))
+    raw = infer_request(
+        text_tensor(contents=None), raw_input_contents=[(2 << 20).to_bytes(4, "little") + b"a" * (2 << 20)]
+    )
+    async with kserve_client(frontend.grpc_port) as client:
+        for request in (large, raw):
+            status, text = await refused(client, request)
+            assert (status, "maximum context length" in text) == (INVALID, True)
 
 
 async def test_worker_errors_have_their_status(frontend: Frontend, client: KserveClient) -> None:

@@ -104,6 +104,22 @@ async def test_deadline_of_the_call_is_the_request_s(frontend: Frontend, client:
     await until_at_rest(frontend.http)
 
 
+async def test_passed_deadline_is_counted_as_such(deployment: Deployment) -> None:
+    ports: list[int] = []
+    await deployment.worker(speedup_ratio=0.01)
+    url = await deployment.frontend(ports.append, kserve_grpc_server=True, grpc_port=0)
+    await until_healthy(url)
+    async with kserve_client(ports[0]) as client, httpx.AsyncClient(base_url=url) as http:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.infer(
+                infer_request(parameters={"max_tokens": 2000, "ignore_eos": True}), timeout=0.5
+            )
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        found = await until_at_rest(http)
+        assert found["completions unary response_timeout"] == 1
+        assert not found["disconnected_clients"]
+
+
 async def test_metadata_name_and_trace_the_request(frontend: Frontend, client: KserveClient) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     await client.answer(infer_request(), metadata=(("x-request-id", "mine"), ("traceparent", trace)))
