@@ -10,6 +10,7 @@ F7  longest pause of the event loop under long prompts
 F8  CPU time a request, two frontend processes on one port against one (`two_processes`)
 F9  pause of an answer whose worker is killed (`kills`)
 F10 requests/s in front of HTTP engines, against gateways written in Rust (`gateways`)
+F13 CPU time while three browsers look at the dashboard, with 1,000 workers (`dashboard`)
 
 `--rows F1,F2` runs some.
 """
@@ -17,6 +18,7 @@ F10 requests/s in front of HTTP engines, against gateways written in Rust (`gate
 from __future__ import annotations
 
 from benchmarks.frontend import paced, saturated
+from benchmarks.frontend.dashboard import dashboard
 from benchmarks.frontend.gateways import GATEWAYS, against_gateways
 from benchmarks.frontend.kills import kills
 from benchmarks.frontend.latency import first_tokens, pauses
@@ -47,6 +49,11 @@ BOUNDS: Bounds = {
         0.6,
         0.9,
     ),
+    "F13": (
+        "dashboard with 1,000 workers: CPU of the frontend while three browsers look, % of a core",
+        10,
+        3,
+    ),
 }
 """Text, bound (`must`) and aim of each row."""
 
@@ -60,6 +67,7 @@ GROUPS: Groups = (
     (("F8",), two_against_one),
     (("F9",), kills),
     (("F10",), against_gateways),
+    (("F13",), dashboard),
 )
 """The rows of each measurement."""
 

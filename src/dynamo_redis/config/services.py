@@ -164,6 +164,9 @@ class FrontendSettings(SettingsGroup):
         False,
         "Log a line for each HTTP request: method, path, status, model, tokens, times and request id.",
     )
+    dashboard: bool = setting(
+        "DYN_DASHBOARD", True, "Serve `/dashboard`, a live status page for browsers, on the HTTP port."
+    )
     tokenizer: Literal["fastokens", "default"] = setting(
         "DYN_TOKENIZER",
         "fastokens",

@@ -23,6 +23,7 @@ from dynamo_redis.frontend.admission import Admission
 from dynamo_redis.frontend.apis import APIS, COUNT_PATH, Api, errors_of
 from dynamo_redis.frontend.busy_requests import busy_threshold
 from dynamo_redis.frontend.completions import Completions
+from dynamo_redis.frontend.dashboard.dashboard import Dashboard
 from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, shutting_down
 from dynamo_redis.frontend.http.request_body import BodyBudget
@@ -47,6 +48,7 @@ def make_app(
     clear_caches: ClearCaches,
     process_metrics: Source = tuple,
     grpc_apis: Iterable[Api] = (),
+    dashboard: Dashboard | None = None,
 ) -> ASGIApp:
     """Return the ASGI application. The caller makes and ends its parts. `process_metrics` are shown beside
     those of the frontend itself. `grpc_apis` are served to scopes of the type `grpc`, by their paths."""
@@ -102,6 +104,7 @@ def make_app(
             Route("/health", show_health),
             Route("/live", show_live),
             Route("/metrics", show_metrics),
+            *(dashboard.routes(metrics, admission) if dashboard is not None else ()),
         ],
         exception_handlers={
             HTTPException: _on_http_exception,

@@ -16,6 +16,7 @@ from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.base import BusyThresholds
 from dynamo_redis.runtime.among import LiveIds
+from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Record
 
@@ -55,6 +56,7 @@ class EndpointClient(Protocol):
 
     def confirmed_instances(self) -> list[Instance]: ...
     def instance_ids(self) -> list[int]: ...
+    def members(self) -> list[Member]: ...
     async def aclose(self) -> None: ...
 
 

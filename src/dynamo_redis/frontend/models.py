@@ -146,6 +146,10 @@ class LiveModels:
 
     # ----------------------------------------------------------------- reading
 
+    def known(self) -> list[NamedModel]:
+        """Return all models that have a card, loaded or not, ordered by name."""
+        return sorted(self._models.values(), key=lambda m: m.name)
+
     def served(self) -> list[NamedModel]:
         """Return the loaded models, ordered by name."""
         return sorted((m for m in self._models.values() if m.loaded()), key=lambda m: m.name)

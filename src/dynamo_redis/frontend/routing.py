@@ -18,6 +18,7 @@ from dynamo_redis.router.base import BusyThresholds
 from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.router.service import RouterClient
 from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.selection import policy
@@ -118,6 +119,10 @@ class PolicyClient:
     def confirmed_instances(self) -> list[Instance]:
         """As `Client.confirmed_instances`."""
         return self._client.confirmed_instances()
+
+    def members(self) -> list[Member]:
+        """As `Client.members`."""
+        return self._client.members()
 
     async def aclose(self) -> None:
         """Close the client and the router."""

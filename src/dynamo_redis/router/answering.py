@@ -50,6 +50,11 @@ def best_worker_endpoint(workers: EndpointName) -> EndpointName:
     return EndpointName(workers.namespace, workers.component, f"{workers.endpoint}_best_worker")
 
 
+def is_answer_endpoint(name: EndpointName) -> bool:
+    """Return whether a router answers questions at this endpoint, about its state or a choice."""
+    return is_state_endpoint(name) or name.endpoint.endswith("_best_worker")
+
+
 async def serve_answers(runtime: DistributedRuntime, router: Router) -> list[ServedEndpoint]:
     """Serve both endpoints, and return them. Raises StoreError, ConfigError, and ValueError if they are open
     already."""

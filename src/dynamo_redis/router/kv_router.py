@@ -44,6 +44,7 @@ from dynamo_redis.router.routed_call import BookedRoute, RoutedCall
 from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
 from dynamo_redis.runtime import tracing
 from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.selection import Policy
@@ -435,6 +436,16 @@ class KvRouter:
     def confirmed_instances(self) -> list[Instance]:
         """As `Client.confirmed_instances`."""
         return self._client.confirmed_instances()
+
+    def members(self) -> list[Member]:
+        """As `Client.members`."""
+        return self._client.members()
+
+    def busy_ids(self, busy: BusyThresholds) -> set[int]:
+        """Return the ids of the instances all of whose ranks are busy by these thresholds."""
+        workers = self._workers.candidates(None, ())
+        free = self._workers.without_busy(workers, self._book, busy)
+        return {worker.instance_id for worker in workers} - {worker.instance_id for worker in free}
 
     async def _tend(self) -> None:
         """End bookings past their deadline, old predictions, and all bookings and predictions of instances

@@ -202,6 +202,10 @@ class RouterClient:
         """As `Client.confirmed_instances`, of the workers."""
         return self._workers.confirmed_instances()
 
+    def members(self) -> list[Member]:
+        """As `Client.members`, of the workers."""
+        return self._workers.members()
+
     async def aclose(self) -> None:
         """Close both clients."""
         await self._routers.aclose()

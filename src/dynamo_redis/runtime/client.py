@@ -16,7 +16,7 @@ from dynamo_redis.planes.base import RequestPlaneClient
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.awaitables import failed, started
 from dynamo_redis.runtime.call import Call
-from dynamo_redis.runtime.discovery import EndpointView
+from dynamo_redis.runtime.discovery import EndpointView, Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.selection import Only, Policy, policy
@@ -177,6 +177,11 @@ class Client:
         """Return those of `instances` that are in the registry, or have answered since they vanished from
         it."""
         return _by_id(member.instance for member in self._view if member.confirmed)
+
+    def members(self) -> list[Member]:
+        """Return all instances that have not left, in any state, each with its state and load as this process
+        knows them. Members change with the view."""
+        return list(self._view)
 
     def known_ids(self) -> list[int]:
         """Return the ids of all instances that have not left, ascending.

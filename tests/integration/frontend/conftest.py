@@ -32,6 +32,7 @@ from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.base import BusyThresholds
 from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.objects.memory import MemoryObjectStore
@@ -190,6 +191,9 @@ class Worker:
     def confirmed_instances(self) -> list[Instance]:
         transports = {"tcp": "127.0.0.1:1/x"}
         return [Instance(self.endpoint, InstanceId(i), transports, secret=b"never shown") for i in self.ids]
+
+    def members(self) -> list[Member]:
+        return []
 
     async def count_load(self) -> None:
         pass

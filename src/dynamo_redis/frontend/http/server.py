@@ -21,6 +21,7 @@ from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
+from dynamo_redis.frontend.dashboard.dashboard import Dashboard
 from dynamo_redis.frontend.http.acceptor import Acceptor
 from dynamo_redis.frontend.http.limits import HttpLimits
 from dynamo_redis.frontend.http.port import bind, url_of
@@ -90,6 +91,9 @@ async def serve_frontend(
         listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
             async with models:
+                dashboard = None
+                if settings.dashboard:
+                    dashboard = Dashboard(models, runtime.registry, runtime.wait_for_shutdown, siblings)
                 app = own = make_app(
                     models,
                     preparation,
@@ -98,8 +102,12 @@ async def serve_frontend(
                     partial(_clear_caches, runtime, models),
                     runtime.metrics,
                     grpc_apis=kserve_apis() if settings.kserve_grpc_server else (),
+                    dashboard=dashboard,
                 )
                 async with contextlib.AsyncExitStack() as stack:
+                    if dashboard is not None:
+                        await stack.enter_async_context(dashboard.running())
+                        own = dashboard.with_reading(own)
                     sockets = [listener]
                     if siblings is not None:
                         sockets.append(stack.enter_context(sibling_socket(siblings)))

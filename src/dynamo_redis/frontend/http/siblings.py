@@ -43,9 +43,20 @@ def sibling_socket(directory: Path) -> Iterator[socket.socket]:
 
 async def all_metrics(directory: Path) -> str:
     """Return the metrics of all processes in one text."""
-    paths = _sockets(directory)
-    texts = await asyncio.gather(*map(_ask, paths))
-    return merge({path.name: text for path, text in zip(paths, texts, strict=True) if text is not None})
+    texts = await ask_siblings(directory, "/metrics")
+    return merge({process: text for process, text in texts.items() if text is not None})
+
+
+async def ask_siblings(directory: Path, target: str, *, without: str | None = None) -> dict[str, str | None]:
+    """Return the answers of all living processes, but for one, by their ids; None for one that does not
+    answer in time, or not as it should."""
+    paths = [path for path in _sockets(directory) if path.name != without]
+    responses = await asyncio.gather(*(_get(path, target.encode()) for path in paths))
+    return {
+        path.name: _content(response)
+        for path, response in zip(paths, responses, strict=True)
+        if response is not None
+    }
 
 
 async def answers(directory: Path, process: int) -> bool:
@@ -116,17 +127,17 @@ def _sockets(directory: Path) -> list[Path]:
         return []
 
 
-async def _ask(path: Path) -> str | None:
-    """Return a process's own metrics; None if it does not answer."""
-    head, _, body = (await _get(path, b"/metrics")).partition(b"\r\n\r\n")
+def _content(response: bytes) -> str | None:
+    """Return the body of a response with status 200, else None."""
+    head, _, body = response.partition(b"\r\n\r\n")
     with suppress(ValueError):
         if b" 200 " in head.partition(b"\r\n")[0]:
             return body.decode()
     return None
 
 
-async def _get(path: Path, what: bytes) -> bytes:
-    """Return a process's response; empty if it does not answer in time."""
+async def _get(path: Path, what: bytes) -> bytes | None:
+    """Return a process's response; empty if it does not answer in time, None if it is dead."""
     content = bytearray()
     try:
         async with asyncio.timeout(ANSWER_S):
@@ -137,6 +148,8 @@ async def _get(path: Path, what: bytes) -> bytes:
                     content += piece
             finally:
                 writer.close()
+    except (ConnectionRefusedError, FileNotFoundError):
+        return None
     except OSError:  # TimeoutError is one
         return b""
     return bytes(content)

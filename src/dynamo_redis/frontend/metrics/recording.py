@@ -13,11 +13,42 @@ from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.observation import Kind, Observation
 from dynamo_redis.histogram import Histogram
 
-_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_FIRST_SECONDS: Final = (
+DURATION_LIMITS_S: Final = (
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+)
+FIRST_TOKEN_LIMITS_S: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 )  # fmt: skip
-_GAP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+TOKEN_GAP_LIMITS_S: Final = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+)
 _TOKENS: Final = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 ErrorType = Literal[
@@ -65,9 +96,9 @@ class ModelRecord:
         """By endpoint, request type, status and error type."""
         self.in_flight_count = 0
         self.queued_count = 0
-        self.durations_s = Histogram(_SECONDS)
-        self.first_token_s = Histogram(_FIRST_SECONDS)
-        self.token_gaps_s = Histogram(_GAP_SECONDS)
+        self.durations_s = Histogram(DURATION_LIMITS_S)
+        self.first_token_s = Histogram(FIRST_TOKEN_LIMITS_S)
+        self.token_gaps_s = Histogram(TOKEN_GAP_LIMITS_S)
         self.prompt_tokens = Histogram(_TOKENS)
         self.answer_tokens = Histogram(_TOKENS)
         self.cached_tokens = Histogram(_TOKENS)

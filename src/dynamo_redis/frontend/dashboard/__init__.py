@@ -1,0 +1,1 @@
+"""The status page of a frontend, live in a browser."""
