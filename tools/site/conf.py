@@ -22,6 +22,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
         "docs/request-planes",
         "docs/health-and-metrics",
         "docs/observability",
+        "docs/dashboard",
         "docs/migration",
         "docs/security",
         "docs/tls",
