@@ -126,7 +126,7 @@ class Dashboard:
         ]
 
     def with_reading(self, app: ASGIApp) -> ASGIApp:
-        """Wrap the application for the other processes of this port: they read the state of this one there."""
+        """Wrap the application that other processes of this port ask: they read the state of this one."""
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["path"] != READING_PATH:

@@ -1,8 +1,8 @@
 """Frontend processes on one port, and the metrics of all of them.
 
-A scrape of the port reaches one process, which asks all. Each also listens on a unix socket in a directory
-that they share, under its process id. Only their user can reach it. A process that has died, or does not
-answer in time, is left out.
+A scrape of the port, and a browser that looks at the dashboard, reach one process, which asks all. Each also
+listens on a unix socket in a directory that they share, under its process id. Only their user can reach it. A
+process that has died, or does not answer in time, is left out.
 """
 
 from __future__ import annotations
