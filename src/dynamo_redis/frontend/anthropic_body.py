@@ -264,6 +264,7 @@ _CHAT_NAMES: Final = {
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "stop": "stop_sequences",
+    "tool_choice.function.name": "tool_choice.name",
     "thinking_token_budget": "thinking.budget_tokens",
 }
 """The names that a chat's parameters have here."""

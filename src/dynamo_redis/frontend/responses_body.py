@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from dynamo_redis.frontend.http.errors import invalid
 from dynamo_redis.frontend.http.sse import ascii_json
 from dynamo_redis.frontend.openai import Effort, chat_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody, by_type
@@ -258,6 +259,7 @@ CHAT_NAMES: Final = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    "tool_choice.function.name": "tool_choice.name",
 }
 """The names that a chat's parameters have here."""
 
@@ -291,6 +293,9 @@ class ResponsesBody(RequestBody):
             at = f"tools[{index}]"
             if tool["type"] != "function":
                 raise unsupported(f"{at}.type", f"'{tool['type'][:80]}': only functions can be called")
+            if not tool.get("name"):
+                name = f"{at}.name"
+                raise invalid(f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
             further = {name: value for name, value in tool.items() if name not in Tool.__annotations__}
             _TOOL.check(further, Tool.__annotations__, f"{at}.")
         for wanted in self.include or ():

@@ -181,7 +181,7 @@ async def test_schema_is_guided_decoding(frontend: Any) -> None:
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "custom", "name": "x"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.type"),
         ({"tool_choice": 5}, "tool_choice"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),

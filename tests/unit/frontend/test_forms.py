@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+from anthropic.types import Message, RawMessageStreamEvent
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.choices import CompletionChoice, Part, Usage
 from dynamo_redis.frontend.forms.base import Call, gathered
 from dynamo_redis.frontend.forms.chat import ChatForm
+from dynamo_redis.frontend.forms.messages import MessagesForm
+from dynamo_redis.frontend.forms.responses import ResponsesForm
+from dynamo_redis.frontend.responses_body import ResponsesBody
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.parsers.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
 from dynamo_redis.planes.context import Context
@@ -130,3 +137,98 @@ def test_chat_streams_each_part_as_a_chunk() -> None:
     ]
     assert deltas[7]["tool_calls"] == [{"index": 0, "function": {"arguments": '"Oslo"}'}}]
     assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+# --------------------------------------------------------------------------- messages and responses
+
+MESSAGE_EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+REPEATED = ResponsesBody(model="m", input="Hi").notes()
+
+
+def ended(reason: str) -> CompletionChoice:
+    """Return a choice whose answer has these parts, and has ended."""
+    choice = a_choice(parses=True)
+    choice.answer.finish_reason = reason
+    choice.parts = PARTS
+    return choice
+
+
+def streamed(form: MessagesForm | ResponsesForm, choice: CompletionChoice, *, cut: int) -> list[Any]:
+    """Return the events of an answer whose parts come in two pieces."""
+    encoder = form.encoder(choice)
+    events = encoder.begin() + encoder.parts(PARTS[:cut]) + encoder.parts(PARTS[cut:])
+    events += encoder.end(choice.finish_reason or "") + form.end([choice], USAGE)
+    found = []
+    for event in events.decode().split("\n\n")[:-1]:
+        name, data = event.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+def test_message_has_a_block_for_each_section() -> None:
+    body = json.loads(MessagesForm("m", wanted_tokens=8).whole([ended("stop")], USAGE))
+    message = Message.model_validate(body, strict=True)
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+    assert body["content"][0]["thinking"] == "It is cold."
+    assert [block["input"] for block in body["content"][2:]] == [{"at": "Oslo"}, {}]
+    assert message.usage.input_tokens == 2
+
+
+def test_message_hides_thinking_when_asked() -> None:
+    form = MessagesForm("m", wanted_tokens=8, hides_thinking=True)
+    assert json.loads(form.whole([ended("stop")], USAGE))["content"][0]["thinking"] == ""
+    assert b"cold" not in form.encoder(ended("stop")).parts(PARTS)
+
+
+def test_cut_call_of_a_message_is_text() -> None:
+    choice = ended("length")
+    choice.parts = [CallBegin(0, "call_1", "weather"), CallArguments(0, '{"at":')]
+    body = json.loads(MessagesForm("m", wanted_tokens=None).whole([choice], USAGE))
+    assert body["content"] == [{"type": "text", "text": '{"at":'}]
+    assert body["stop_reason"] == "max_tokens"
+
+
+@pytest.mark.parametrize("cut", range(len(PARTS) + 1))
+def test_streamed_message_is_the_whole_one(cut: int) -> None:
+    events = streamed(MessagesForm("m", wanted_tokens=8), ended("stop"), cut=cut)
+    blocks: list[dict[str, Any]] = []
+    for event in events:
+        MESSAGE_EVENT.validate_python(event, strict=True)
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append({"text": ""})
+        if event["type"] == "content_block_delta":
+            [text] = [value for name, value in event["delta"].items() if name != "type"]
+            if event["delta"]["type"] != "signature_delta":
+                blocks[event["index"]]["text"] += text
+    assert [block["text"] for block in blocks] == ["It is cold.", "Let me look.", '{"at":"Oslo"}', ""]
+    assert [event["type"] for event in events].count("content_block_stop") == 4
+    assert [event["type"] for event in events][-2:] == ["message_delta", "message_stop"]
+
+
+def test_response_has_an_item_for_each_section() -> None:
+    body = json.loads(ResponsesForm("m", REPEATED).whole([ended("length")], USAGE))
+    response = Response.model_validate(body, strict=True)
+    kinds = ["reasoning", "message", "function_call", "function_call"]
+    assert [item.type for item in response.output] == kinds
+    assert [item["status"] for item in body["output"]] == ["completed"] * 3 + ["incomplete"]
+    assert response.output_text == "Let me look."
+    assert response.status == "incomplete"
+
+
+@pytest.mark.parametrize("cut", range(len(PARTS) + 1))
+def test_streamed_response_is_the_whole_one(cut: int) -> None:
+    events = streamed(ResponsesForm("m", REPEATED), ended("stop"), cut=cut)
+    for number, event in enumerate(events):
+        RESPONSE_EVENT.validate_python(event, strict=True)
+        assert event["sequence_number"] == number
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == events[-1]["response"]["output"]
+    whole = json.loads(ResponsesForm("m", REPEATED).whole([ended("stop")], USAGE))["output"]
+    assert [{**item, "id": ""} for item in done] == [{**item, "id": ""} for item in whole]
+    added = [event["item"]["id"] for event in events if event["type"] == "response.output_item.added"]
+    assert added == [item["id"] for item in done]
+    arguments = [event["delta"] for event in events if event["type"].endswith("arguments.delta")]
+    assert "".join(arguments) == '{"at":"Oslo"}'
