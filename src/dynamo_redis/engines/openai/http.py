@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.connector import AddrInfoType
+from pydantic_core import to_json
 
 from dynamo_redis.engines.openai.wire import DONE, SseReader, refusal
 from dynamo_redis.errors import (
@@ -32,6 +33,8 @@ _END_S: Final = 0.1
 
 _IDLE_CONNECTION_S: Final = 2.0
 """Shorter than the 5 s after which uvicorn, which most engines run on, closes an idle connection."""
+
+_JSON: Final = {"Content-Type": "application/json"}
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """Seconds, seconds, probes: a connection to a host that is gone fails within 11 s."""
@@ -124,7 +127,8 @@ class Completion:
         headers: Mapping[str, str],
     ) -> None:
         async def post() -> aiohttp.ClientResponse:
-            return await session.post(url, json=body, headers=headers)
+            content = to_json(body)  # in half the time of aiohttp's own way
+            return await session.post(url, data=content, headers={**headers, **_JSON})
 
         self._opening = asyncio.ensure_future(post())
         self._closed: PlaneError | None = None

@@ -78,7 +78,7 @@ def _options(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def prompt_ids(request: Mapping[str, Any]) -> list[int]:
     """Return the prompt. Raises InvalidRequest if it is not token ids."""
     token_ids = request.get("token_ids")
-    if not isinstance(token_ids, list) or not token_ids or not all(type(token) is int for token in token_ids):
+    if not isinstance(token_ids, list) or set(map(type, token_ids)) != {int}:
         raise InvalidRequest("token_ids must be a non-empty list of token ids")
     return token_ids
 

@@ -277,7 +277,9 @@ class CompletionReader:
             if text is not None and not isinstance(text, str):
                 raise ProtocolViolation(f"the engine sent a text that is {type(text).__name__}")
             token_ids = self._text.feed(text or "")
-        elif not all(type(token) is int and 0 <= token < _U32_END for token in token_ids):
+        elif token_ids and (
+            set(map(type, token_ids)) != {int} or not 0 <= min(token_ids) <= max(token_ids) < _U32_END
+        ):
             raise ProtocolViolation("the engine sent token_ids that are not all token ids")
         self._count += len(token_ids)
         reason = choice.get("finish_reason")
