@@ -104,6 +104,7 @@ def frontend(listener_fd: int | None, siblings: Path | None, **options: str | No
 def _run_processes(settings: FrontendSettings, options: Mapping[str, str | None]) -> int:
     """Run several frontend processes. Return the exit code."""
     from dynamo_redis.cli.frontend_processes import FrontendProcesses
+    from dynamo_redis.frontend.http.door import Door
     from dynamo_redis.frontend.http.port import SharedPort
     from dynamo_redis.runtime.logging import configure_dynamo_logging
 
@@ -112,7 +113,7 @@ def _run_processes(settings: FrontendSettings, options: Mapping[str, str | None]
     configure_dynamo_logging(service_name="frontend", settings=runtime)
     for sentence in unknown_settings().values():
         log.warning("%s", sentence)
-    port = SharedPort(settings.http_host, settings.http_port)
+    port = SharedPort(settings.http_host, settings.http_port, scheme=Door(settings).scheme)
     environment = _environment(options)
     grpc_port: SharedPort | None = None
     if settings.kserve_grpc_server:

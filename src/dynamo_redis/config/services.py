@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field, SecretStr
 
-from dynamo_redis.config.base import Duration, Port, SettingsGroup, Size, setting
+from dynamo_redis.config.base import Duration, PemFile, Port, SettingsGroup, Size, setting
 
 MAX_CLOSING_S = 2.0
 
@@ -22,6 +22,18 @@ def _check_redis_source(value: str) -> str:
 def _check_overload_status(value: int) -> int:
     if value not in (429, 503, 529):
         raise ValueError("must be 503, 529 or 429")
+    return value
+
+
+def _check_paths(value: str) -> str:
+    if value != "-" and not all(re.fullmatch(r"/[^\s,?#]*", path) for path in value.split(",")):
+        raise ValueError("must be paths, each with a / at its beginning, with commas between them, or -")
+    return value
+
+
+def _check_origins(value: str) -> str:
+    if value != "*" and not all(re.fullmatch(r"https?://[^\s/,*@]+", each) for each in value.split(",")):
+        raise ValueError("must be *, or origins such as https://chat.example, with commas between them")
     return value
 
 
@@ -158,6 +170,37 @@ class FrontendSettings(SettingsGroup):
         None,
         "Answers go on only up to this many tokens, with their prompt. Unset: without a limit.",
         unit="tokens",
+    )
+    http_api_key: SecretStr | None = setting(
+        "DYN_HTTP_API_KEY",
+        None,
+        "Key that HTTP clients must send, as `Authorization: Bearer KEY` or `x-api-key: KEY`; several with "
+        "commas between them. Unset, and without a file of keys: none is asked for.",
+    )
+    http_api_key_file: Path | None = setting(
+        "DYN_HTTP_API_KEY_FILE",
+        None,
+        "File with such keys, one a line; `#` begins a comment. Changes count within a second.",
+    )
+    http_open_paths: Annotated[str, AfterValidator(_check_paths)] = setting(
+        "DYN_HTTP_OPEN_PATHS",
+        "/health,/live,/metrics",
+        "Paths that need no key, with commas between them; `-`: none.",
+    )
+    http_cors_origins: Annotated[str, AfterValidator(_check_origins)] | None = setting(
+        "DYN_HTTP_CORS_ORIGINS",
+        None,
+        "Origins of web pages that may use the HTTP API (`https://chat.example`), with commas between them; "
+        "`*`: any page. Unset: none.",
+    )
+    tls_cert_path: PemFile | None = setting(
+        "DYN_TLS_CERT_PATH",
+        None,
+        "PEM file with the certificate of the HTTP port, and the intermediate certificates. Unset: HTTP in "
+        "the clear. A changed file counts for connections made after it.",
+    )
+    tls_key_path: PemFile | None = setting(
+        "DYN_TLS_KEY_PATH", None, "PEM file with the certificate's private key, unencrypted."
     )
     access_log: bool = setting(
         "DYN_HTTP_ACCESS_LOG",

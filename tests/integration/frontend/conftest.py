@@ -17,7 +17,9 @@ import pytest
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import NoInstances
+from dynamo_redis.frontend.apis import APIS
 from dynamo_redis.frontend.app import make_app
+from dynamo_redis.frontend.http.door import Door
 from dynamo_redis.frontend.http.port import bind, url_of
 from dynamo_redis.frontend.http.server import kserve_apis, run_server
 from dynamo_redis.frontend.kserve.metadata import Metadata
@@ -308,6 +310,7 @@ async def _frontend(
     worker = runtime.workers[str(ENDPOINT)] = Worker(ENDPOINT, tokenizer)
     preparation = Preparation(int(settings.max_body_bytes))
     shutdown = asyncio.Event()
+    door = Door(settings, {api.path: api.errors for api in APIS})
     listener = bind(settings.http_host, settings.http_port)
     accepting = asyncio.Event()
 
@@ -333,16 +336,17 @@ async def _frontend(
             metadata = Metadata(models, runtime.registry)
             serving = asyncio.create_task(
                 run_server(
-                    app,
+                    door.wrap(app),
                     [listener],
                     wait_for_shutdown,
                     settings,
                     drain_s=2,
                     on_ready=lambda _: accepting.set(),
+                    tls=door.tls,
                 )
             )
             await accepting.wait()
-            url = url_of(listener)
+            url = url_of(listener, door.scheme)
             async with (
                 (
                     serving_kserve(app, metadata, settings, wait_for_shutdown, 2)

@@ -11,13 +11,20 @@ import logging
 import socket
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Protocol
+from typing import Final, Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from dynamo_redis.errors import Overloaded, PlaneError
-from dynamo_redis.frontend.http.errors import api_error
+from dynamo_redis.frontend.http.errors import ApiError, api_error
 from dynamo_redis.frontend.http.port import BACKLOG
+from dynamo_redis.planes.reloaded import ReloadedContext
 from dynamo_redis.planes.tcp.listener import SocketListener, connection_limit
+from dynamo_redis.planes.tcp.tls_gate import TlsGate
 from dynamo_redis.rate_limited_log import RateLimitedLog
+
+HANDSHAKE_S: Final = 10.0
+"""Longest time of a TLS handshake."""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ class Acceptor:
         connections: Collection[object],
         waiting: dict[Evictable, None],
         max_count: int,
+        tls: ReloadedContext | None = None,
     ) -> None:
         """Listen, and accept from now on.
 
@@ -53,6 +61,7 @@ class Acceptor:
             connections: the open connections.
             waiting: the connections without a whole request, the longest-waiting first.
             max_count: the most connections; fewer if the limit of open files allows fewer.
+            tls: the certificate of the port; None: connections are in the clear.
         """
         self._loop = asyncio.get_running_loop()
         self._make_protocol = make_protocol
@@ -61,6 +70,11 @@ class Acceptor:
         self._max_count = connection_limit(max_count)
         self._opening: set[asyncio.Task[object]] = set()
         self._log = RateLimitedLog(log, logging.WARNING)
+        self._gate: TlsGate | None = None
+        if tls is not None:
+            self._gate = TlsGate(
+                self._loop, tls, make_protocol, HANDSHAKE_S, refuse_clear_text, "its URL begins with https://"
+            )
         listening.listen(BACKLOG)
         self._listener = SocketListener(self._loop, [listening], self._accept, refuse=refuse_connection)
 
@@ -73,8 +87,10 @@ class Acceptor:
         self._listener.close()
 
     async def wait_closed(self) -> None:
-        """Wait until the accepted connections are open."""
+        """Wait until the accepted connections are open. Those in a TLS handshake are dropped."""
         await asyncio.gather(*self._opening, return_exceptions=True)
+        if self._gate is not None:
+            await self._gate.aclose()
 
     def _accept(self, sock: socket.socket) -> None:
         """Open a connection, or refuse it at the maximum."""
@@ -93,6 +109,9 @@ class Acceptor:
                 sock, Overloaded(f"{self._max_count} connections are open (DYN_HTTP_MAX_CONNECTIONS)")
             )
             return
+        if self._gate is not None:
+            self._gate.admit(sock)
+            return
 
         async def connect() -> None:
             try:
@@ -105,15 +124,20 @@ class Acceptor:
         task.add_done_callback(self._opening.discard)
 
 
-def refuse_connection(sock: socket.socket, error: PlaneError) -> None:
-    """Answer 503 before any request, and close. Never waits."""
+def refuse_clear_text(sock: socket.socket) -> None:
+    """Answer a client that does not speak TLS, in the clear."""
+    refuse_connection(sock, ApiError(400, "This port speaks HTTPS: write https:// in the URL."))
+
+
+def refuse_connection(sock: socket.socket, error: PlaneError | ApiError) -> None:
+    """Answer with an error before any request, and close. Never waits."""
     refusal = api_error(error)
     body = refusal.body_bytes()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     lines = b"".join(b"%s: %s\r\n" % header for header in [*headers, *refusal.headers()])
     with suppress(OSError):
         sock.setblocking(False)
-        sock.send(b"HTTP/1.1 503 Service Unavailable\r\n" + lines + b"connection: close\r\n\r\n" + body)
+        sock.send(STATUS_LINE[refusal.status] + lines + b"connection: close\r\n\r\n" + body)
         sock.shutdown(socket.SHUT_WR)
         sock.recv(65536)  # with unread bytes, the close would reset the connection
     sock.close()

@@ -43,13 +43,13 @@ def bind(host: str, port: int, option: str = HTTP_OPTION) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the URL that a browser on this machine opens."""
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
     if address.is_unspecified:
-        return f"http://localhost:{port}"
-    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
+        return f"{scheme}://localhost:{port}"
+    return f"{scheme}://[{host}]:{port}" if address.version == 6 else f"{scheme}://{host}:{port}"
 
 
 class SharedPort:
@@ -63,8 +63,9 @@ class SharedPort:
     frontend, is an error. A program of the same user that sets SO_REUSEPORT itself could still join later.
     """
 
-    def __init__(self, host: str, port: int, option: str = HTTP_OPTION) -> None:
+    def __init__(self, host: str, port: int, option: str = HTTP_OPTION, scheme: str = "http") -> None:
         """Reserve the port; 0: a free one. Raises ConfigError if it cannot be had."""
+        self._scheme = scheme
         self._first: socket.socket | None = bind(host, port, option)
         try:
             self._first.listen(BACKLOG)
@@ -102,7 +103,7 @@ class SharedPort:
     @property
     def url(self) -> str:
         """The URL that a browser on this machine opens."""
-        return url_of(self._reserve)
+        return url_of(self._reserve, self._scheme)
 
     def _bind_another(self, family: int) -> socket.socket:
         another = socket.socket(family, socket.SOCK_STREAM)

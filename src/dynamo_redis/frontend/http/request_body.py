@@ -85,7 +85,7 @@ async def read_limited(
     announced = None if length is None else int(length)  # the HTTP parser has checked that it is a number
     if announced is not None and announced > limit_bytes:
         if b"expect" not in headers and announced <= _MOST_DISCARDED:
-            await _discard(receive, 0)
+            await discard(receive, 0)
         raise body_too_large(limit_bytes)
     pieces: list[bytearray] = []
     size = 0
@@ -100,7 +100,7 @@ async def read_limited(
             pieces.clear()
             if held is not None:
                 held.grow_to(0)
-            await _discard(receive, size)
+            await discard(receive, size)
             raise
         if pieces and len(pieces[-1]) < SMALL_PIECE_BYTES:
             pieces[-1] += piece
@@ -119,7 +119,8 @@ async def _pieces(receive: Receive) -> Any:
             return
 
 
-async def _discard(receive: Receive, size: int) -> None:
+async def discard(receive: Receive, size: int = 0) -> None:
+    """Read the rest of a body, after `size` bytes, and drop it, up to a bound. Raises ClientGone."""
     async for piece in _pieces(receive):
         size += len(piece)
         if size > _MOST_DISCARDED:

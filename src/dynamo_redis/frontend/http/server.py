@@ -18,15 +18,17 @@ from starlette.types import ASGIApp
 
 from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cache
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.frontend.apis import Api
+from dynamo_redis.frontend.apis import APIS, Api
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
 from dynamo_redis.frontend.dashboard.dashboard import Dashboard
 from dynamo_redis.frontend.http.acceptor import Acceptor
+from dynamo_redis.frontend.http.door import Door
 from dynamo_redis.frontend.http.limits import HttpLimits
 from dynamo_redis.frontend.http.port import bind, url_of
 from dynamo_redis.frontend.http.protocol import HttpProtocol
 from dynamo_redis.frontend.http.siblings import apart_from_siblings, sibling_socket, with_all_metrics
+from dynamo_redis.frontend.http.tls import HttpTls
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import observed
 from dynamo_redis.frontend.prompts import Preparation
@@ -63,10 +65,10 @@ async def serve_frontend(
 
     `on_ready` is called with the server's URL once it accepts connections; models may not be loaded yet.
     Before that, `on_grpc_ready` is called with the port of the KServe server, if there is one. `listener` is
-    a bound socket, which is closed here. Without one the port of the settings is bound first; raises
-    ConfigError if that fails. `siblings` is the directory of the sockets of all processes that listen on this
-    port, if there are others. `router_settings` are used in the router mode `kv`; None: those of the
-    environment.
+    a bound socket, which is closed here. Without one the port of the settings is bound first. `siblings` is
+    the directory of the sockets of all processes that listen on this port, if there are others.
+    `router_settings` are used in the router mode `kv`; None: those of the environment. Raises ConfigError if
+    the port cannot be bound, or if keys or certificates cannot be used.
     """
 
     def note_ready(url: str) -> None:
@@ -75,6 +77,8 @@ async def serve_frontend(
             on_ready(url)
 
     router_settings = router_settings or RouterSettings.load()
+    grpc_apis = kserve_apis() if settings.kserve_grpc_server else ()
+    door = Door(settings, {api.path: api.errors for api in (*APIS, *grpc_apis)})
     open_client = client_opener(runtime, settings, router_settings)
     listener = listener or bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
@@ -101,7 +105,7 @@ async def serve_frontend(
                     runtime.registry,
                     partial(_clear_caches, runtime, models),
                     runtime.metrics,
-                    grpc_apis=kserve_apis() if settings.kserve_grpc_server else (),
+                    grpc_apis=grpc_apis,
                     dashboard=dashboard,
                 )
                 async with contextlib.AsyncExitStack() as stack:
@@ -113,7 +117,7 @@ async def serve_frontend(
                         sockets.append(stack.enter_context(sibling_socket(siblings)))
                         app = with_all_metrics(app, siblings)
                         await _load_first(runtime, models)
-                    app = observed(app, logs=settings.access_log)
+                    app = observed(door.wrap(app), logs=settings.access_log)
                     if siblings is not None:
                         app = apart_from_siblings(app, own)
                     if settings.kserve_grpc_server:
@@ -126,6 +130,7 @@ async def serve_frontend(
                         runtime.wait_for_shutdown,
                         settings,
                         drain_s=runtime.shutdown_deadline.requests_left_s,
+                        tls=door.tls,
                         on_ready=note_ready,
                     )
         finally:
@@ -213,10 +218,11 @@ async def run_server(
     *,
     drain_s: float,
     on_ready: Callable[[str], None] | None = None,
+    tls: HttpTls | None = None,
 ) -> None:
     """Serve an application on bound sockets until `wait_for_shutdown()` returns, then drain.
 
-    `on_ready` gets the URL of the first one.
+    `on_ready` gets the URL of the first one. It has this TLS, if any; further ones are in the clear.
     Draining takes at most `drain_s`; requests that are still under way then end with an error. Cancelling
     this coroutine ends everything at once.
     """
@@ -234,13 +240,14 @@ async def run_server(
         ),
         settings,
         drain_s,
+        tls,
     )
     serving = asyncio.create_task(server.serve(sockets=list(sockets)))
     shutdown = asyncio.ensure_future(wait_for_shutdown())
     try:
         await asyncio.wait({serving, server.accepting}, return_when=asyncio.FIRST_COMPLETED)
         if on_ready is not None and not serving.done():
-            on_ready(url_of(sockets[0]))
+            on_ready(url_of(sockets[0], "http" if tls is None else "https"))
         await asyncio.wait({serving, shutdown}, return_when=asyncio.FIRST_COMPLETED)
         server.stop()
         await serving
@@ -253,9 +260,12 @@ async def run_server(
 class _Server(uvicorn.Server):
     """uvicorn inside a running event loop. The runtime handles the signals."""
 
-    def __init__(self, config: uvicorn.Config, settings: FrontendSettings, drain_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, settings: FrontendSettings, drain_s: float, tls: HttpTls | None
+    ) -> None:
         super().__init__(config)
         self._drain_s = drain_s
+        self._tls = tls
         request_s = settings.request_timeout_s or math.inf
         self._limits = HttpLimits(
             receive_timeout_s=min(settings.receive_timeout_s, request_s),
@@ -320,8 +330,8 @@ class _Server(uvicorn.Server):
         )
         connections, waiting = self.server_state.connections, self._limits.waiting
         self.servers: list[Any] = [
-            Acceptor(listening, make_protocol, connections, waiting, self._max_connections_count)
-            for listening in sockets
+            Acceptor(listening, make_protocol, connections, waiting, self._max_connections_count, tls)
+            for listening, tls in zip(sockets, [self._tls, *[None] * len(sockets)], strict=False)
         ]
         self.started = True
         self.accepting.set_result(None)

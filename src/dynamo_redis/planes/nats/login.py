@@ -17,9 +17,9 @@ from nats.aio.client import Client, RawCredentials
 
 from dynamo_redis.config import PlaneSettings, env_name
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.planes.pem import check_pair, load_authorities, load_certificate
+from dynamo_redis.planes.pem import PemSettings, check_pair, load_authorities, load_certificate
 
-_SETTINGS: Final = "NATS_TLS"
+_SETTINGS: Final = PemSettings.of("NATS_TLS")
 _SCHEMES: Final = ("nats", "tls")
 _CREDENTIALS_PARTS: Final = ("-----BEGIN NATS USER JWT-----", "-----BEGIN USER NKEY SEED-----")
 _NEEDS_CERTIFICATE: Final = "it asks for a certificate: set NATS_TLS_CERT and NATS_TLS_KEY"

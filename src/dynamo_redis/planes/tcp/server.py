@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import ConfigError
+from dynamo_redis.errors import AuthenticationFailed, ConfigError
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.frames.server import MAX_HANDSHAKE_COUNT, FrameServer, ServerCore
 from dynamo_redis.planes.tcp.life_signs import LifeThread, answer_question
@@ -70,7 +70,14 @@ class TcpServer(FrameServer):
         self._use_running_loop()
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         if self._tls is not None:
-            self._gate = TlsGate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
+            self._gate = TlsGate(
+                self._loop,
+                self._tls,
+                self._new_connection,
+                settings.connect_timeout_s,
+                _refuse_without_tls,
+                "set DYN_TCP_TLS there",
+            )
         capacity_count = connection_limit(settings.max_connections_count + MAX_HANDSHAKE_COUNT)
         self._max_handshake_count = max(1, min(MAX_HANDSHAKE_COUNT, capacity_count // 4))
         self._max_authenticated_count = min(
@@ -134,3 +141,8 @@ class TcpServer(FrameServer):
             arrival = self._loop.create_task(set_up())
             self._arriving.add(arrival)
             arrival.add_done_callback(self._arriving.discard)
+
+
+def _refuse_without_tls(sock: socket.socket) -> None:
+    text = "the worker speaks TLS only: set DYN_TCP_TLS=on and DYN_TCP_TLS_CA on this side, too"
+    refuse_socket(sock, AuthenticationFailed(text))

@@ -8,13 +8,13 @@ falls back to the clear.
 The address of an instance has a mark of its protocol: `host:port` in the clear, `host:port+tls`,
 `host:port+mtls`. So a caller with other settings fails before it sends a byte.
 
-The files are checked when a connection is made, at most once in `LOOK_S`. Changed files serve the connections
-made from then on. If they cannot be used, that is logged once, and the former certificates stay in use.
+The files are checked when a connection is made, at most once in `reloaded.LOOK_S`. Changed files serve the
+connections made from then on. If they cannot be used, that is logged once, and the former certificates stay
+in use.
 """
 
 from __future__ import annotations
 
-import logging
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,15 @@ from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError, ConnectionLost
 from dynamo_redis.planes.address import parse_address
-from dynamo_redis.planes.pem import Side, check_pair, load_authorities, load_certificate, new_context
-
-LOOK_S: Final = 1.0
-"""Seconds for which a changed file may go unnoticed while connections are made."""
+from dynamo_redis.planes.pem import (
+    PemSettings,
+    Side,
+    check_pair,
+    load_authorities,
+    load_certificate,
+    new_context,
+)
+from dynamo_redis.planes.reloaded import ReloadedContext
 
 _TLS, _MUTUAL_TLS = "tls", "mtls"
 _FIELDS: Final = {
@@ -46,28 +51,23 @@ _CERTIFICATE: Final = {  # X509_V_ERR_…: https://docs.openssl.org/3.0/man3/X50
     "DYN_TCP_TLS_SERVER_NAME to a name that it has",
 }
 
-_SETTINGS: Final = "DYN_TCP_TLS"
-
-_log = logging.getLogger(__name__)
+_SETTINGS: Final = PemSettings.of("DYN_TCP_TLS")
 
 
-class TlsContext:
+class TlsContext(ReloadedContext):
     """The TLS context of one side. It is made from files, and made again when they have changed."""
 
     def __init__(self, settings: PlaneSettings, side: Side, clock: Clock = SYSTEM_CLOCK) -> None:
         """Read the files. Raises ConfigError, naming the setting, if they are missing, do not fit or have
         expired."""
-        self._files = _files(settings, side)
+        self._files = files = _files(settings, side)
         self._side: Side = side
         self._mutual = settings.tcp_tls == "mutual"
-        self._clock = clock
-        self._seen = self._refused = self._files.stamp()
-        self._context = self._make()
-        self._look_at = clock.monotonic() + LOOK_S
+        super().__init__((files.ca, files.cert, files.key), side, clock)
         if side == "client" and settings.tcp_tls_server_name is not None:
             name = settings.tcp_tls_server_name
             try:
-                self._context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+                self.current().wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
             except ValueError as exc:
                 raise ConfigError(f"DYN_TCP_TLS_SERVER_NAME={name!r}: is no host name: {exc}") from exc
         self.server_name = settings.tcp_tls_server_name
@@ -82,26 +82,6 @@ class TlsContext:
     def mark(self) -> str:
         """The end of a server's address: `+tls` or `+mtls`."""
         return f"+{_MUTUAL_TLS if self._mutual else _TLS}"
-
-    def current(self) -> ssl.SSLContext:
-        """Return the context for the next connection; reload changed files first."""
-        now = self._clock.monotonic()
-        if now < self._look_at:
-            return self._context
-        self._look_at = now + LOOK_S
-        found = self._files.stamp()
-        if found == self._seen:
-            return self._context
-        try:
-            self._context = self._make()
-        except ConfigError as exc:
-            if found != self._refused:
-                self._refused = found
-                _log.error("%s; the %s goes on with the certificates it had", exc, self._side)
-        else:
-            self._seen = self._refused = found
-            _log.info("the %s takes up changed certificates", self._side)
-        return self._context
 
     def _make(self) -> ssl.SSLContext:
         """Make a context from the files. Raises ConfigError."""
@@ -123,21 +103,6 @@ class _Files:
     ca: Path
     cert: Path | None
     key: Path | None
-
-    def stamp(self) -> tuple[object, ...]:
-        """Return a value that changes when a file changes, or its permissions, or a symbolic link to it."""
-        stamps: list[tuple[int, ...] | None] = []
-        for path in (self.ca, self.cert, self.key):
-            if path is None:
-                continue
-            try:
-                found = path.stat()
-            except OSError:
-                stamps.append(None)
-            else:
-                times = found.st_mtime_ns, found.st_ctime_ns
-                stamps.append((found.st_dev, found.st_ino, found.st_size, *times))
-        return tuple(stamps)
 
 
 def make_tls(settings: PlaneSettings, side: Side) -> TlsContext | None:

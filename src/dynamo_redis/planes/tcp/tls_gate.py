@@ -1,7 +1,7 @@
-"""The TLS handshakes of a worker: a connection reaches the server once its TLS stands.
+"""The TLS handshakes of a server: a connection reaches it once its TLS stands.
 
 The gate takes the socket of each accepted connection, waits for its first byte, and gives it to the event
-loop with the present certificates. A handshake may take `DYN_TCP_CONNECT_TIMEOUT`. At most
+loop with the present certificates. A handshake has a time-out. At most
 `MAX_WAITING_COUNT` are under way: past that the oldest is dropped; an honest handshake takes milliseconds.
 """
 
@@ -14,11 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from dynamo_redis.errors import AuthenticationFailed
 from dynamo_redis.planes.address import format_address
+from dynamo_redis.planes.reloaded import ReloadedContext
 from dynamo_redis.planes.tcp.life_signs import asks_for_life
-from dynamo_redis.planes.tcp.listener import refuse_socket
-from dynamo_redis.planes.tcp.tls import TlsContext, explain
+from dynamo_redis.planes.tcp.tls import explain
 from dynamo_redis.rate_limited_log import RateLimitedLog
 
 MAX_WAITING_COUNT: Final = 1024
@@ -38,12 +37,17 @@ class TlsGate:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        tls: TlsContext,
+        tls: ReloadedContext,
         make_protocol: Callable[[], asyncio.BaseProtocol],
         timeout_s: float,
+        refuse: Callable[[socket.socket], None],
+        remedy: str,
     ) -> None:
         """`make_protocol` makes the protocol of a connection whose TLS stands; `timeout_s` bounds a
-        handshake."""
+        handshake. `refuse` answers and closes a connection that does not speak TLS; `remedy` is for the
+        log."""
+        self._refuse = refuse
+        self._remedy = remedy
         self._loop = loop
         self._tls = tls
         self._make_protocol = make_protocol
@@ -95,9 +99,8 @@ class TlsGate:
                     ssl_handshake_timeout=max(give_up_at - self._loop.time(), _LEAST_S),
                 )
             elif first and not asks_for_life(arrival.sock):
-                self._note(arrival, "it does not speak TLS: set DYN_TCP_TLS there")
-                text = "the worker speaks TLS only: set DYN_TCP_TLS=on and DYN_TCP_TLS_CA on this side, too"
-                refuse_socket(arrival.hand_over(), AuthenticationFailed(text))
+                self._note(arrival, f"it does not speak TLS: {self._remedy}")
+                self._refuse(arrival.hand_over())
         except TimeoutError:
             self._note(arrival, f"it says nothing for {self._timeout_s} s")
         except ConnectionError as exc:
