@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 from dynamo_redis.errors import (
     ConnectionLost,
     EngineFailed,
     HandlerFailed,
+    InvalidRequest,
     ProtocolViolation,
     RequestCancelled,
 )
@@ -24,6 +26,18 @@ _SHOWN_CHARS: Final = 200
 _LISTS: Final = (list, tuple)
 
 
+_LEAST_LOGPROB: Final = -9999.0
+"""Stands for minus infinity, which JSON does not have. The value is vLLM's."""
+
+
+class TokenLogprob(NamedTuple):
+    """The log probability of a token of the answer, and of the likeliest tokens at its place."""
+
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
+
+
 class AnswerDecoder:
     """Decodes one choice of a completion, item by item, until it has a `finish_reason`.
 
@@ -36,8 +50,11 @@ class AnswerDecoder:
         "_most_tokens",
         "_moved_count",
         "_stops",
+        "_token_bytes",
+        "_top_count",
         "cached_tokens",
         "finish_reason",
+        "logprobs",
         "prompt_token_count",
         "token_count",
         "token_ids",
@@ -51,8 +68,18 @@ class AnswerDecoder:
         keeps_stop: bool = False,
         keeps_tokens: bool = False,
         most_tokens: int = _MOST_TOKENS,
+        token_bytes: Callable[[int], bytes] | None = None,
+        top_count: int = 0,
     ) -> None:
-        """An answer of more than `most_tokens` is none of the model."""
+        """An answer of more than `most_tokens` is none of the model.
+
+        With `token_bytes`, which returns the text of one token, `logprobs` are kept, and those of up to
+        `top_count` of the likeliest tokens.
+        """
+        self._token_bytes = token_bytes
+        self._top_count = top_count
+        self.logprobs: list[TokenLogprob] = []
+        """Those that have arrived, until they are taken away."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops, keeps_found=keeps_stop) if stops else None
         self.finish_reason: str | None = None
@@ -64,6 +91,11 @@ class AnswerDecoder:
         self.prompt_token_count: int | None = None
         """As counted by the engine; None if it did not count."""
         self.cached_tokens: int | None = None
+
+    @property
+    def keeps_logprobs(self) -> bool:
+        """True if `logprobs` are kept."""
+        return self._token_bytes is not None
 
     def feed(self, item: Any) -> str:
         """Return the text that an item of the worker's answer (a GenerateItem) completes.
@@ -86,6 +118,8 @@ class AnswerDecoder:
             raise ProtocolViolation(
                 "the worker answered with 'token_ids' that are no token ids of its model"
             ) from exc
+        if self._token_bytes is not None:
+            self._take_logprobs(item, token_ids, self._token_bytes)
         if token_ids and len(item) == 1 and self._stops is None:
             return text
         if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
@@ -94,6 +128,12 @@ class AnswerDecoder:
         if reason is not None:
             text += self._detokenizer.finish()
             self._take_counts(item.get("completion_usage"))
+        if reason is None and self._stops is None:
+            return text
+        return self._ended(text, reason)
+
+    def _ended(self, text: str, reason: Any) -> str:
+        """Return the text up to a stop string. Note the finish reason, if there is one. Raises PlaneError."""
         if self._stops is not None:
             text = self._stops.feed(text)
             if self._stops.found is not None:
@@ -104,6 +144,27 @@ class AnswerDecoder:
         if reason is not None:
             self.finish_reason = _openai_reason(reason)
         return text
+
+    def _take_logprobs(
+        self, item: dict[str, Any], token_ids: Sequence[int], token_bytes: Callable[[int], bytes]
+    ) -> None:
+        """Take the log probabilities of an item. Raises InvalidRequest if there are none."""
+        logprobs: Any = item.get("log_probs")
+        if not token_ids:
+            return
+        if type(logprobs) not in _LISTS or len(logprobs) != len(token_ids):
+            raise InvalidRequest("logprobs: the engine of this model returns no log probabilities")
+        tops: Any = item.get("top_logprobs")
+        if type(tops) not in _LISTS or len(tops) != len(token_ids):
+            tops = [()] * len(token_ids)
+        try:
+            for token_id, logprob, top in zip(token_ids, logprobs, tops, strict=True):
+                others = [(token_bytes(each["token_id"]), _finite(each["logprob"])) for each in top]
+                self.logprobs.append(
+                    TokenLogprob(token_bytes(token_id), _finite(logprob), others[: self._top_count])
+                )
+        except (TypeError, KeyError, ValueError, OverflowError) as exc:
+            raise ProtocolViolation("the worker answered with 'top_logprobs' that are none") from exc
 
     def _take_counts(self, usage: Any) -> None:
         """Take the engine's counts, which may differ from the number of tokens received here."""
@@ -116,6 +177,7 @@ class AnswerDecoder:
 
     def restart(self) -> None:
         """Forget all items: another worker answers from the beginning."""
+        self.logprobs.clear()
         self._detokenizer.finish()
         if self._stops is not None:
             self._stops.finish()
@@ -145,6 +207,36 @@ class AnswerDecoder:
             raise EngineFailed("the worker ended its answer without a token and without a finish_reason")
         if self.finish_reason is None:
             raise ConnectionLost("the worker ended its answer before it was complete: no finish_reason")
+
+
+class EchoingDecoder(AnswerDecoder):
+    """Decodes an answer that begins with the text of its prompt."""
+
+    __slots__ = ("_echo", "_is_first")
+
+    def __init__(self, echo: str, *args: Any, **options: Any) -> None:
+        """`echo` is the text of the prompt; the others are those of `AnswerDecoder`."""
+        super().__init__(*args, **options)
+        self._echo = echo
+        self._is_first = True
+
+    def feed(self, item: Any) -> str:
+        """See `AnswerDecoder`."""
+        text = super().feed(item)
+        if not self._is_first:
+            return text
+        self._is_first = False
+        return self._echo + text
+
+    def restart(self) -> None:
+        """See `AnswerDecoder`."""
+        super().restart()
+        self._is_first = True
+
+
+def _finite(logprob: float) -> float:
+    """Return a log probability that JSON can hold."""
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
 def _openai_reason(reason: Any) -> str:

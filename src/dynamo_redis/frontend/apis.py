@@ -52,18 +52,8 @@ def errors_of(path: str) -> ErrorForm:
 
 
 APIS: Final = (
-    Api(
-        "chat",
-        "/v1/chat/completions",
-        ChatBody,
-        lambda model, body, _: ChatForm(model, includes_usage=body.includes_usage),
-    ),
-    Api(
-        "text",
-        "/v1/completions",
-        TextBody,
-        lambda model, body, _: TextForm(model, includes_usage=body.includes_usage),
-    ),
+    Api("chat", "/v1/chat/completions", ChatBody, ChatForm.of),
+    Api("text", "/v1/completions", TextBody, TextForm.of),
     Api(
         "messages",
         MESSAGES_PATH,

@@ -6,8 +6,9 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError, TemplateError
 from dynamo_redis.frontend.admission import Admission, Place
-from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder
+from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder, EchoingDecoder
 from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.choices import CompletionChoice
 from dynamo_redis.frontend.exchange import Exchange
@@ -201,21 +202,30 @@ class Completions:
         if limit is None:
             limit = self._models.migration_limit(model)
         max_length = self._migration_max_length
+        decoders: list[Callable[..., AnswerDecoder]] = [AnswerDecoder] * len(requests)
+        if body.echoes:
+            decoders = [
+                partial(EchoingDecoder, tokenizer.decode(request["token_ids"])) for request in requests
+            ]
         choices = [
             CompletionChoice(
                 index,
                 request,
-                AnswerDecoder(
+                decoder(
                     tokenizer.detokenizer(),
                     body.stops,
                     keeps_stop=body.keeps_stops,
                     keeps_tokens=limit > 0,
                     most_tokens=model.loaded.context_length + SLACK_TOKENS,
+                    token_bytes=None if body.wanted_logprobs is None else tokenizer.token_bytes,
+                    top_count=body.wanted_logprobs or 0,
                 ),
                 context,
                 Migration(request, limit, max_length) if limit else None,
             )
-            for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
+            for index, (request, context, decoder) in enumerate(
+                zip(requests, contexts, decoders, strict=True)
+            )
         ]
 
         async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:

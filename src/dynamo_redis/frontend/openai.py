@@ -11,12 +11,19 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator
 from typing_extensions import TypedDict
 
 from dynamo_redis.frontend import parameters
 from dynamo_redis.frontend.http.errors import ApiError, invalid
-from dynamo_redis.frontend.options import CompletionOptions, RequestBody, TokenId, by_type, twice
+from dynamo_redis.frontend.options import (
+    MAX_LOGPROBS,
+    CompletionOptions,
+    RequestBody,
+    TokenId,
+    by_type,
+    twice,
+)
 from dynamo_redis.frontend.parameters import unsupported
 
 MAX_PROMPTS = 256
@@ -112,6 +119,8 @@ class ChatBody(CompletionOptions):
     tools: Annotated[list[Tool], Field(fail_fast=True), AsGiven] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     reasoning_effort: Effort | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
@@ -123,6 +132,8 @@ class ChatBody(CompletionOptions):
         super().refuse_unsupported()
         if self.tool_choice not in (None, "auto", "none"):
             raise unsupported("tool_choice", "only 'auto' and 'none' can be served")
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         if self.tools and self.parallel_tool_calls is False:
             raise unsupported("parallel_tool_calls", "a model cannot be limited to one call")
         variables = self.chat_template_kwargs or {}
@@ -147,6 +158,11 @@ class ChatBody(CompletionOptions):
     def wanted_tokens(self) -> int | None:
         """See `CompletionOptions`; the newer name wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See `CompletionOptions`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def template_variables(self) -> dict[str, Any]:
         """Return the chat template's variables besides messages, tools and documents.
@@ -184,6 +200,10 @@ Prompt = Annotated[
 ]
 
 
+def _none_if_false(value: object) -> object:
+    return None if value is False else value
+
+
 class TextBody(CompletionOptions):
     """`POST /v1/completions`."""
 
@@ -191,6 +211,24 @@ class TextBody(CompletionOptions):
     further_parameters = parameters.TEXT
 
     prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_none_if_false)] | None = None
+    echo: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        """See `CompletionOptions`."""
+        super().refuse_unsupported()
+        if self.echo and self.logprobs is not None:
+            raise unsupported("echo", "with 'logprobs' it needs those of the prompt, which are not returned")
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See `CompletionOptions`."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """See `CompletionOptions`."""
+        return bool(self.echo)
 
     @property
     def prompts(self) -> list[str | list[int]]:

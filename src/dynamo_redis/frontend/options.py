@@ -18,6 +18,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 1024
 MAX_TOKEN_IDS = 8192
+MAX_LOGPROBS = 20
 
 _INT64 = {"ge": -(2**63), "le": 2**63 - 1}
 
@@ -46,6 +47,7 @@ class StreamOptions(BaseModel):
 
     model_config = _FURTHER
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = None
 
 
 class Extensions(BaseModel):
@@ -251,6 +253,23 @@ class CompletionOptions(RequestBody):
     def ignores_eos(self) -> bool:
         """True if generation continues after an end-of-sequence token."""
         return bool(self._once("ignore_eos", "nvext.ignore_eos"))
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """The number of likeliest tokens whose log probabilities are wanted beside that of each token; None:
+        no log probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """True if the answer begins with the prompt."""
+        return False
+
+    @property
+    def counts_continuously(self) -> bool:
+        """True if each chunk of a stream counts the tokens so far."""
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
     @property
     def includes_usage(self) -> bool:

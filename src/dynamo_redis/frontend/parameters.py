@@ -69,7 +69,7 @@ def unsupported(name: str, reason: str) -> ApiError:
 
 _OFF = (False,)
 _NO = Refusal(neutral=_OFF)
-_LOGPROBS = Refusal("log probabilities are not returned", _OFF)
+_LOGPROBS = Refusal("log probabilities are those of the answer's tokens", _OFF)
 _ROUTING = Refusal("which worker answers is the router's choice")
 _EXPERTS = Refusal("expert routing is not returned", (False, 0))
 _TEMPLATE_VARIABLE = Refusal("give it in 'chat_template_kwargs'")
@@ -81,8 +81,6 @@ _BEAMS = "beam search is not supported by this server"
 
 _REFUSED: Final[Mapping[str, Refusal]] = {
     # OpenAI's
-    "logprobs": _LOGPROBS,
-    "echo": Refusal("the prompt is not returned", _OFF),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
     # vLLM's
     "use_beam_search": Refusal(_BEAMS, _OFF),
@@ -170,7 +168,7 @@ _HARMLESS: Final[Mapping[str, str]] = {
 CHAT: Final = Parameters(
     refused={
         **_REFUSED,
-        "top_logprobs": Refusal("log probabilities are not returned", (0,)),
+        "echo": Refusal("the prompt is not returned", _OFF),
         "modalities": Refusal("only text can be served", (["text"],)),
         "audio": _MEDIA,
         "functions": Refusal("use 'tools'", ([],)),
@@ -244,7 +242,6 @@ NVEXT: Final = Parameters(
 
 STREAM_OPTIONS: Final = Parameters(
     refused={
-        "continuous_usage_stats": Refusal("the last chunk alone counts tokens", _OFF),
         "include_obfuscation": Refusal("chunks are not padded", _OFF),
     },
 )

@@ -75,16 +75,17 @@ class Preparation:
         for token_ids in tokenized:
             conditions = _stop_conditions(token_ids, model, options)
             sampling = _sampling_options(model, options)
-            requests += [
-                GenerateRequest(
+            for seed in seeds:
+                request = GenerateRequest(
                     model=model.name,
                     token_ids=token_ids,
                     stop_conditions=conditions,
                     sampling_options=sampling if seed is None else {**sampling, "seed": seed},
                     eos_token_ids=list(model.eos_token_ids),
                 )
-                for seed in seeds
-            ]
+                if options.wanted_logprobs is not None:
+                    request["output_options"] = {"logprobs": options.wanted_logprobs}
+                requests.append(request)
         return requests
 
     async def token_ids(self, model: LoadedModel, body: Body) -> list[list[int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -20,6 +21,8 @@ from dynamo_redis.frontend.fast_encoding import FastEncoder
 from dynamo_redis.frontend.literal_encoding import LiteralEncoder
 
 REPLACEMENT = "�"
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 _RESERVED_COUNT = 1 << 16
 """Ids beyond the vocabulary that are token ids without a text: models have more of them than the tokenizer
@@ -151,6 +154,16 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of a whole sequence."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the text of one token, which need not be whole characters; of a special token, its name."""
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if self._texts is not None:
+            text = self._texts[token_id] or token
+            return text if isinstance(text, bytes) else text.encode()
+        if found := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(found[1])
+        return token.replace("\u2581", " ").encode()
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact name, or None."""

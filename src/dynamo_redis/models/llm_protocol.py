@@ -75,6 +75,13 @@ class SamplingOptions(TypedDict, total=False):
     guided_decoding: GuidedDecoding
 
 
+class OutputOptions(TypedDict, total=False):
+    """Options of the items of an answer. With `logprobs` each item has the log probabilities of its tokens,
+    and of this many of the likeliest tokens at each place."""
+
+    logprobs: int
+
+
 class GenerateRequest(TypedDict):
     """A request to a worker's `generate` endpoint.
 
@@ -88,6 +95,7 @@ class GenerateRequest(TypedDict):
     stop_conditions: StopConditions
     sampling_options: SamplingOptions
     eos_token_ids: list[int]
+    output_options: NotRequired[OutputOptions]
     annotations: NotRequired[list[str]]
     dp_rank: NotRequired[int]
     answered_count: NotRequired[int]
@@ -100,12 +108,22 @@ class CompletionUsage(TypedDict, total=False):
     completion_tokens: int
 
 
+class TopLogprob(TypedDict, total=False):
+    """One of the likeliest tokens at a place. `rank` is 1 for the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    token: str
+
+
 class GenerateItem(TypedDict, total=False):
     """One item of the answer: new tokens, and in the last item the reason of the end.
 
     `cached_tokens` is the number of prompt tokens that the engine found in its KV cache: in the first item,
     or in the last item for engines that report it only there. A hidden stop token (EOS) is not in
-    `token_ids`. `completion_usage`, in the last item, has the engine's counts if they differ from those of
+    `token_ids`. `log_probs` and `top_logprobs` have an entry for each of `token_ids`, if the request asks for
+    them. `completion_usage`, in the last item, has the engine's counts if they differ from those of
     `token_ids`.
     """
 
@@ -113,6 +131,8 @@ class GenerateItem(TypedDict, total=False):
     finish_reason: FinishReason | None
     cached_tokens: int
     completion_usage: CompletionUsage
+    log_probs: list[float]
+    top_logprobs: list[list[TopLogprob]]
 
 
 def is_count(value: object) -> TypeGuard[int]:

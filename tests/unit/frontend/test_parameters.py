@@ -71,8 +71,8 @@ def test_refused_parameter_is_named(kind: Any, path: str, why: parameters.Refusa
 
 
 def test_neutral_values_are_told_apart() -> None:
-    assert refusal({"logprobs": 0}, TextBody).param == "logprobs"
-    assert refusal({"top_logprobs": False}).param == "top_logprobs"
+    assert refusal({"echo": 0}).param == "echo"
+    assert refusal({"use_beam_search": 0}).param == "use_beam_search"
 
 
 @pytest.mark.parametrize("kind", [ChatBody, TextBody])

@@ -34,9 +34,29 @@ class StreamedSequence(Sequence):
     min_tokens: int
     max_tokens: int
     stop_ids: frozenset[int]
+    top_count: int | None = None
+    """The number of likeliest tokens to name at each place; None: no log probabilities."""
     ready: deque[GenerateItem] = field(default_factory=deque)
     ended: PlaneError | None = None
     waiter: asyncio.Future[None] | None = None
+
+    def item(self, token_ids: list[int]) -> GenerateItem:
+        """Return an item with these tokens, and their log probabilities if they are asked for."""
+        item: GenerateItem = {"token_ids": token_ids}
+        if self.top_count is not None:
+            item["log_probs"] = [_logprob(token_id, 0) for token_id in token_ids]
+            item["top_logprobs"] = [
+                [
+                    {
+                        "token_id": max(token_id - rank, 0),
+                        "logprob": _logprob(token_id, rank),
+                        "rank": rank + 1,
+                    }
+                    for rank in range(self.top_count)
+                ]
+                for token_id in token_ids
+            ]
+        return item
 
     def wake(self) -> None:
         """Wake the coroutine that waits for `ready` or `ended`."""
@@ -154,14 +174,15 @@ class MockRank:
         if generated_count + 1 >= sequence.max_tokens:
             self._finish(sequence, [token], "length")
             return
-        item: GenerateItem = {"token_ids": [token]}
+        item = sequence.item([token])
         if not generated_count:
             item["cached_tokens"] = sequence.cached_count or 0
         sequence.ready.append(item)
         sequence.wake()
 
     def _finish(self, sequence: StreamedSequence, token_ids: list[int], reason: FinishReason) -> None:
-        item: GenerateItem = {"token_ids": token_ids, "finish_reason": reason}
+        item = sequence.item(token_ids)
+        item["finish_reason"] = reason
         if sequence.generated_count <= len(token_ids):
             item["cached_tokens"] = sequence.cached_count or 0
         self.batch.remove(sequence)
@@ -198,3 +219,8 @@ class MockRank:
             self.batch.remove(sequence)
             sequence.ended = Draining("the engine has stopped")
             sequence.wake()
+
+
+def _logprob(token_id: int, rank: int) -> float:
+    """Return a log probability: the chosen token is the likeliest, and each further one is less likely."""
+    return -(token_id % 8) / 16 - rank

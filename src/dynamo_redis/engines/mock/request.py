@@ -42,12 +42,14 @@ def read_request(
         )
     stop = _mapping(request, "stop_conditions")
     sampling = _mapping(request, "sampling_options")
+    output = _mapping(request, "output_options")
     for name in _REFUSED_OPTIONS:
         if sampling.get(name):
             asked = f" ({GUIDED_BY})" if name == "guided_decoding" else ""
             raise InvalidRequest(
                 f"the mock engine has no model, and cannot hold an answer to {name!r}{asked}"
             )
+    wants_logprobs = output.get("logprobs") is not None
     answered_count = _integer(request, "answered_count", default=0, least=0)
     if answered_count >= len(prompt):
         raise InvalidRequest(f"answered_count={answered_count} leaves no prompt of {len(prompt)} tokens")
@@ -70,6 +72,7 @@ def read_request(
         min_tokens=_integer(stop, "min_tokens", default=0, least=0),
         max_tokens=min(max_tokens, room_count),
         stop_ids=stop_ids,
+        top_count=_integer(output, "logprobs", default=-1, least=0) if wants_logprobs else None,
     )
 
 

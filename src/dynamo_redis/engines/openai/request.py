@@ -56,6 +56,7 @@ def completion_body(
         if not isinstance(guided, Mapping):
             raise InvalidRequest(f"guided_decoding must be an object, not {type(guided).__name__}")
         body |= guided_fields(guided, dialect)
+    body |= _output_fields(_options(request, "output_options"), dialect)
     if "max_tokens" not in body and token_room is not None:
         # SGLang refuses an answer that would fill its context to the last token.
         body["max_tokens"] = max(1, token_room - (dialect == "sglang"))
@@ -66,6 +67,16 @@ def completion_body(
     if dialect == "sglang" and dp_rank is not None:
         body["data_parallel_rank"] = dp_rank
     return body
+
+
+def _output_fields(output: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
+    """Return the fields for log probabilities. Raises InvalidRequest for servers that name no token ids."""
+    logprobs = output.get("logprobs")
+    if logprobs is None:
+        return {}
+    if dialect != "vllm":
+        raise unknown_option("logprobs", dialect)
+    return {"logprobs": logprobs, "return_tokens_as_token_ids": True}
 
 
 def _options(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:

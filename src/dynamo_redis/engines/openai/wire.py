@@ -49,6 +49,7 @@ _OVERFLOW: Final = re.compile(
     re.IGNORECASE,
 )
 _U32_END: Final = 1 << 32
+_TOKEN_NAME: Final = re.compile(r"token_id:(\d{1,9})")
 
 
 # --------------------------------------------------------------------------- errors
@@ -194,7 +195,7 @@ class CompletionReader:
         self._text = TextTokens(tokens)
         self._hidden = hidden
         self._limit = limit
-        self._held: list[int] = []
+        self._held: GenerateItem = {"token_ids": []}
         self._reason: str | None = None
         self._usage: dict[str, Any] = {}
         self._cached: int | None = None
@@ -262,7 +263,8 @@ class CompletionReader:
         elif self._reason is None and self._limit is not None and count >= self._limit:
             reason = "length"
         self.complete = True
-        last: GenerateItem = {"token_ids": self._held, "finish_reason": reason}
+        last = self._held
+        last["finish_reason"] = reason
         if self._cached is not None:
             last["cached_tokens"] = self._cached
         if self._usage:
@@ -282,13 +284,46 @@ class CompletionReader:
         ):
             raise ProtocolViolation("the engine sent token_ids that are not all token ids")
         self._count += len(token_ids)
+        item: GenerateItem = {"token_ids": token_ids}
+        if isinstance(logprobs := choice.get("logprobs"), dict):
+            item |= _logprobs(logprobs)
         reason = choice.get("finish_reason")
         if isinstance(reason, dict):  # SGLang's own form
             reason = reason.get("type")
         if reason in (None, ""):
-            return {"token_ids": token_ids} if token_ids else None
+            return item if token_ids else None
         self._reason = str(reason).lower()
         if self._reason not in _FINISH_REASONS and token_ids and token_ids[-1] in self._hidden:
             token_ids = token_ids[:-1]
-        given, self._held = self._held, token_ids
-        return {"token_ids": given} if given else None
+            for name in ("token_ids", "log_probs", "top_logprobs"):
+                if name in item:
+                    item[name] = item[name][: len(token_ids)]
+        given, self._held = self._held, item
+        return given if given["token_ids"] else None
+
+
+def _logprobs(given: dict[str, Any]) -> GenerateItem:
+    """Return the log probabilities of a choice of vLLM, whose tokens have names such as `token_id:42`.
+
+    Nothing is returned of those that are written differently.
+    """
+    logprobs, tops = given.get("token_logprobs"), given.get("top_logprobs")
+    if not isinstance(logprobs, list) or not all(isinstance(each, (int, float)) for each in logprobs):
+        return {}
+    item: GenerateItem = {"log_probs": logprobs}
+    if isinstance(tops, list):
+        item["top_logprobs"] = [
+            [
+                {"token_id": int(found[1]), "logprob": logprob, "rank": rank}
+                for rank, (name, logprob) in enumerate(_by_likelihood(top), start=1)
+                if (found := _TOKEN_NAME.fullmatch(name)) and isinstance(logprob, (int, float))
+            ]
+            for top in tops
+        ]
+    return item
+
+
+def _by_likelihood(top: Any) -> list[tuple[str, Any]]:
+    if not isinstance(top, dict) or not all(isinstance(each, (int, float)) for each in top.values()):
+        return []
+    return sorted(top.items(), key=lambda each: -each[1])

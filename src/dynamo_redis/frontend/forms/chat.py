@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from dynamo_redis.frontend.choices import CompletionChoice, Part
-from dynamo_redis.frontend.forms.base import Call, gathered
+from dynamo_redis.frontend.forms.base import Call, ChoiceEncoder, gathered
 from dynamo_redis.frontend.forms.completions import ChunkEncoder, CompletionForm
+from dynamo_redis.frontend.forms.detailed import chat_logprobs
 from dynamo_redis.frontend.http.sse import ascii_json
 from dynamo_redis.parsers.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
 
@@ -47,10 +48,15 @@ class ChatForm(CompletionForm):
             ]
         return {"message": message}
 
-    def encoder(self, choice: CompletionChoice) -> ChatEncoder:
+    def logprobs(self, choice: CompletionChoice) -> dict[str, Any]:
+        """See `CompletionForm`."""
+        return chat_logprobs(choice.answer.logprobs)
+
+    def encoder(self, choice: CompletionChoice) -> ChoiceEncoder:
         """See `ResponseForm`."""
         encoder = PlainChatEncoder if choice.parser is None else ChatEncoder
-        return encoder(self.chunk_start(choice.index), _BEFORE, _AFTER, _END)
+        plain = encoder(self.chunk_start(choice.index), _BEFORE, _AFTER, _END)
+        return self.detailed(plain, choice, chat_logprobs)
 
 
 class ChatEncoder(ChunkEncoder):

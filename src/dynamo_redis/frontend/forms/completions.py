@@ -6,12 +6,14 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 from dynamo_redis.frontend.choices import CompletionChoice, Usage
-from dynamo_redis.frontend.forms.base import ErrorForm
+from dynamo_redis.frontend.forms.base import ChoiceEncoder, ErrorForm
+from dynamo_redis.frontend.forms.detailed import DetailedEncoder, Logprobs
 from dynamo_redis.frontend.http.errors import ApiError
-from dynamo_redis.frontend.http.sse import DONE, escape, event, unicode_json
+from dynamo_redis.frontend.http.sse import DONE, ascii_json, escape, event, unicode_json
+from dynamo_redis.frontend.options import CompletionOptions
 
 AFTER_REASON: Final = b',"logprobs":null}]}\n\n'
 
@@ -35,26 +37,55 @@ class CompletionForm:
     chunk_name: ClassVar[str]
     errors: ErrorForm = OPENAI_ERRORS
 
-    def __init__(self, model: str, *, includes_usage: bool) -> None:
-        """`includes_usage`: a stream ends with a chunk that counts tokens."""
+    def __init__(self, model: str, *, includes_usage: bool, counts_continuously: bool = False) -> None:
+        """`includes_usage`: a stream ends with a chunk that counts tokens; `counts_continuously`: each one
+        does."""
+        self._counts_continuously = counts_continuously
         self.model = model
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._includes_usage = includes_usage
         self._chunk_frame = self._frame(self.chunk_name)
 
+    @classmethod
+    def of(cls, model: str, options: CompletionOptions, _: bytes = b"") -> Self:
+        """Make the form of a response by a model as its options say."""
+        return cls(
+            model,
+            includes_usage=options.includes_usage,
+            counts_continuously=options.counts_continuously,
+        )
+
     def _frame(self, object_name: str) -> dict[str, Any]:
         return {"id": self._id, "object": object_name, "created": self._created, "model": self.model}
 
-    def chunk_start(self, index: int) -> bytes:
-        """Return the constant start of a choice's chunks."""
+    def detailed(self, encoder: ChoiceEncoder, choice: CompletionChoice, logprobs: Logprobs) -> ChoiceEncoder:
+        """Return the encoder of a choice, whose chunks are completed if the request asks for more than
+        text."""
+        index = choice.index
+        if not choice.answer.keeps_logprobs and not self._counts_continuously:
+            return encoder
+
+        def start() -> bytes:
+            if not self._counts_continuously:
+                return self.chunk_start(index)
+            return self.chunk_start(index, openai_usage(Usage.of([choice])))
+
+        return DetailedEncoder(encoder, choice, self.chunk_start(index), start, logprobs)
+
+    def chunk_start(self, index: int, counts: dict[str, Any] | None = None) -> bytes:
+        """Return the start of a choice's chunks, which is constant but for the counts of tokens so far."""
         fields = unicode_json(self._chunk_frame)[1:-1]
-        usage = '"usage":null,' if self._includes_usage else ""
+        usage = f'"usage":{ascii_json(counts)},' if self._includes_usage else ""
         start = f'data: {{{fields},{usage}"choices":[{{"index":{index},'
         return start.encode(errors="replace")
 
     def content(self, choice: CompletionChoice) -> dict[str, Any]:
         """Return the fields of a whole choice that hold its answer."""
+        raise NotImplementedError
+
+    def logprobs(self, choice: CompletionChoice) -> dict[str, Any]:
+        """Return the log probabilities of a whole answer."""
         raise NotImplementedError
 
     def whole(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
@@ -65,7 +96,7 @@ class CompletionForm:
                 {
                     "index": choice.index,
                     **self.content(choice),
-                    "logprobs": None,
+                    "logprobs": self.logprobs(choice) if choice.answer.keeps_logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }
                 for choice in choices

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from dynamo_redis.frontend.choices import CompletionChoice, Part
+from dynamo_redis.frontend.forms.base import ChoiceEncoder
 from dynamo_redis.frontend.forms.completions import ChunkEncoder, CompletionForm
+from dynamo_redis.frontend.forms.detailed import TextLogprobs
 
 _BEFORE: Final = b'"text":'
 _AFTER: Final = b',"finish_reason":null,"logprobs":null}]}\n\n'
@@ -23,9 +25,14 @@ class TextForm(CompletionForm):
         """See `CompletionForm`."""
         return {"text": "".join(_texts(choice.parts))}
 
-    def encoder(self, choice: CompletionChoice) -> TextEncoder:
+    def logprobs(self, choice: CompletionChoice) -> dict[str, Any]:
+        """See `CompletionForm`."""
+        return TextLogprobs()(choice.answer.logprobs)
+
+    def encoder(self, choice: CompletionChoice) -> ChoiceEncoder:
         """See `ResponseForm`."""
-        return TextEncoder(self.chunk_start(choice.index), _BEFORE, _AFTER, _END)
+        plain = TextEncoder(self.chunk_start(choice.index), _BEFORE, _AFTER, _END)
+        return self.detailed(plain, choice, TextLogprobs())
 
 
 class TextEncoder(ChunkEncoder):

@@ -15,7 +15,8 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
 from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.pem import Side
-from dynamo_redis.planes.tcp.tls import LOOK_S, TlsContext, dial_options, make_tls
+from dynamo_redis.planes.reloaded import LOOK_S
+from dynamo_redis.planes.tcp.tls import TlsContext, dial_options, make_tls
 from tests.certificates import Authority, Identity
 
 
