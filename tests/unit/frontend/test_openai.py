@@ -63,7 +63,6 @@ def refusal(kind: Any, content: bytes | dict[str, Any]) -> ApiError:
         ({"ignore_eos": "x"}, "ignore_eos"),
         ({"nvext": {"ignore_eos": "x"}}, "nvext.ignore_eos"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
         ({"logit_bias": {"five": 1}}, "logit_bias.five"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.apis import errors_of
 from dynamo_redis.frontend.forms.base import ErrorForm
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.request_body import ClientGone, discard
@@ -31,8 +32,8 @@ class Door:
     """The door of one HTTP port, as the settings say."""
 
     def __init__(self, settings: FrontendSettings, errors_at: Mapping[str, ErrorForm] | None = None) -> None:
-        """Read the files of keys and certificates. `errors_at` has the form of errors of each path; others
-        have that of OpenAI. Raises ConfigError."""
+        """Read the files of keys and certificates. `errors_at` has the form of errors of paths; others
+        have that of `errors_of`. Raises ConfigError."""
         self.tls = http_tls(settings)
         self._keys: ApiKeys | None = None
         if settings.http_api_key is not None or settings.http_api_key_file is not None:
@@ -131,10 +132,8 @@ class KeyCheck:
                 await discard(receive)  # most clients read no response before they have sent everything
             except ClientGone:
                 return
-        form = self._errors_at.get(scope["path"])
-        status, body = (
-            (error.status, error.body_bytes()) if form is None else form.response(error, uuid.uuid4().hex)
-        )
+        form = self._errors_at.get(scope["path"]) or errors_of(scope["path"])
+        status, body = form.response(error, uuid.uuid4().hex)
         await send_json(send, status, body, [(b"www-authenticate", b"Bearer")])
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import AuthenticationFailed, CannotConnect, Overloaded, PlaneError
+from dynamo_redis.planes import reloaded
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.server_connection import ServerConnection
-from dynamo_redis.planes.tcp import tls, tls_gate
+from dynamo_redis.planes.tcp import tls_gate
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.wire import frame
@@ -49,7 +50,7 @@ def authority(tmp_path: Path) -> Authority:
 @pytest.fixture
 def always_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed files are seen by the next connection."""
-    monkeypatch.setattr(tls, "LOOK_S", 0.0)
+    monkeypatch.setattr(reloaded, "LOOK_S", 0.0)
 
 
 def running_server(chosen: dict[str, Any]) -> AbstractAsyncContextManager[TcpServer]:
