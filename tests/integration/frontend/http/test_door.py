@@ -57,6 +57,30 @@ async def test_refused_body_leaves_the_connection_clean(open_frontend: OpenFront
     assert answer.status_code == 200
 
 
+async def test_calls_of_grpc_need_a_key_too() -> None:
+    """They come to the same application, without a server's address, and to no open path."""
+    called: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        called.append(scope["headers"])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    sent: list[Any] = []
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    door = Door(FrontendSettings.load(http_api_key="key", http_open_paths="/infer"))
+    scope: Any = {"type": "grpc", "method": "POST", "path": "/infer", "headers": []}
+    await door.wrap(app)(scope, receive, send)
+    assert [event["status"] for event in sent if "status" in event] == [401]
+    assert not called
+    await door.wrap(app)({**scope, "headers": [(b"authorization", b"Bearer key")]}, receive, send)
+    assert called
+
+
 async def test_changed_file_of_keys_counts(open_frontend: OpenFrontend, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the first team\nold-key  # until May\n\n")
