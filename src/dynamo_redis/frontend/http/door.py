@@ -7,7 +7,9 @@ import hmac
 import logging
 import time
 import uuid
+from base64 import b64decode
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,7 @@ from dynamo_redis.frontend.http.responses import send_json
 from dynamo_redis.frontend.http.tls import http_tls
 from dynamo_redis.planes.reloaded import LOOK_S, stamp_of
 
+_PASSWORD: Final = b'Basic realm="An API key is the password"'
 _EXPOSED: Final = ("x-request-id", "retry-after")
 _log = logging.getLogger(__name__)
 
@@ -117,7 +120,8 @@ class KeyCheck:
         if scope["type"] == "http" and scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        sent = _sent_keys(scope["headers"])
+        reads = scope["method"] in ("GET", "HEAD")
+        sent = _sent_keys(scope["headers"], takes_passwords=reads)
         if any(map(self._keys.has, sent)):
             await self._app(scope, receive, send)
             return
@@ -134,17 +138,26 @@ class KeyCheck:
                 return
         form = self._errors_at.get(scope["path"]) or errors_of(scope["path"])
         status, body = form.response(error, uuid.uuid4().hex)
-        await send_json(send, status, body, [(b"www-authenticate", b"Bearer")])
+        asked = _PASSWORD if reads and scope["path"].startswith("/dashboard") else b"Bearer"
+        await send_json(send, status, body, [(b"www-authenticate", asked)])
 
 
-def _sent_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    """Return the keys of a request, by either header."""
+def _sent_keys(headers: Iterable[tuple[bytes, bytes]], *, takes_passwords: bool) -> list[bytes]:
+    """Return the keys of a request, by any header.
+
+    Browsers send a password with each request to a site that asked for one, also with those of other sites'
+    pages. So it is taken only where nothing is changed or generated.
+    """
     found = []
     for name, value in headers:
+        scheme, _, rest = value.partition(b" ")
         if name == b"x-api-key":
             found.append(value)
-        elif name == b"authorization" and value[:7].lower() == b"bearer ":
-            found.append(value[7:].strip())
+        elif name == b"authorization" and scheme.lower() == b"bearer":
+            found.append(rest.strip())
+        elif name == b"authorization" and scheme.lower() == b"basic" and takes_passwords:
+            with suppress(ValueError):
+                found.append(b64decode(rest, validate=True).partition(b":")[2])
     return found[:2]
 
 

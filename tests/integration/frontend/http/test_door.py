@@ -57,6 +57,17 @@ async def test_refused_body_leaves_the_connection_clean(open_frontend: OpenFront
     assert answer.status_code == 200
 
 
+async def test_browsers_may_send_the_key_as_password(open_frontend: OpenFrontend) -> None:
+    frontend = await open_frontend(http_api_key="key")
+    answer = await frontend.http.get("/dashboard")
+    assert (answer.status_code, answer.headers["www-authenticate"].partition(" ")[0]) == (401, "Basic")
+    for password, status in (("key", 200), ("wrong", 401)):
+        answer = await frontend.http.get("/v1/models", auth=("any", password))
+        assert answer.status_code == status
+    answer = await frontend.http.post("/v1/chat/completions", json=BODY, auth=("any", "key"))
+    assert answer.status_code == 401
+
+
 async def test_calls_of_grpc_need_a_key_too() -> None:
     """They come to the same application, without a server's address, and to no open path."""
     called: list[Any] = []
