@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -43,6 +43,21 @@ class NotingEngine(MockEngine):
         await self.gate.wait()
         async for item in super().generate(request, context):
             yield item
+
+
+class FailingEngine(NotingEngine):
+    """A mock engine that fails in the middle of its next answer, if a failure is set."""
+
+    failure: ClassVar[Exception | None] = None
+
+    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
+        count = 0
+        async for item in super().generate(request, context):
+            yield item
+            count += 1
+            if count == 5 and (failure := FailingEngine.failure) is not None:
+                FailingEngine.failure = None
+                raise failure
 
 
 @dataclass
@@ -134,6 +149,7 @@ class Deployment:
 async def deployment(
     dynamo_redis_url: str, dynamo_redis_prefix: str, tmp_path: Path
 ) -> AsyncIterator[Deployment]:
+    FailingEngine.failure = None
     executor = ThreadPoolExecutor(4)
     asyncio.get_running_loop().set_default_executor(executor)
     async with AsyncExitStack() as ending:

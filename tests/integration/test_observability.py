@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import ConnectionLost, HandlerFailed, Overloaded
-from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
-from dynamo_redis.planes.context import Context
-from tests import routed_deployment
 from tests.promql import OWN_METRICS, TARGET_LABELS, names_in
-from tests.routed_deployment import Deployment, NotingEngine, until_served
+from tests.routed_deployment import Deployment, FailingEngine, until_served
 from tests.routed_deployment import deployment as deployment
 
 WITHIN_S = 60.0
@@ -146,21 +143,6 @@ def test_legends_name_labels_of_their_expression(dashboard: dict[str, Any]) -> N
 # --------------------------------------------------------------------------- names that exist
 
 
-class FailingEngine(NotingEngine):
-    """A mock engine that fails when it is told to."""
-
-    failure: Exception | None = None
-
-    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
-        count = 0
-        async for item in super().generate(request, context):
-            yield item
-            count += 1
-            if count == 5 and (failure := FailingEngine.failure) is not None:
-                FailingEngine.failure = None
-                raise failure
-
-
 def labels_by_metric(*texts: str) -> dict[str, set[str]]:
     """Return the labels that the samples of each name have."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -174,7 +156,7 @@ def labels_by_metric(*texts: str) -> dict[str, set[str]]:
 async def addresses_of(deployment: Deployment) -> list[str]:
     """Run requests that end in each way; return the addresses of the metrics of frontend and workers."""
     ports = {"system_port": 0, "system_host": "127.0.0.1"}
-    workers = [await deployment.worker(ports) for _ in range(2)]
+    workers = [await deployment.worker(ports, kind=FailingEngine) for _ in range(2)]
     frontend = await deployment.frontend(migration_limit=1)
     await until_served(frontend, instances=2)
     assert (await frontend.post("/v1/completions", json=PROMPT)).status_code == 200
@@ -205,15 +187,8 @@ def unknown_names(expression: str, found: dict[str, set[str]]) -> set[str]:
     return (metrics - found.keys()) | (names.labels - labels)
 
 
-@pytest.fixture
-def failing_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(routed_deployment, "NotingEngine", FailingEngine)
-    yield
-    FailingEngine.failure = None
-
-
 async def test_dashboard_and_alerts_name_what_exists(
-    deployment: Deployment, dashboard: dict[str, Any], alerts: list[dict[str, Any]], failing_engine: None
+    deployment: Deployment, dashboard: dict[str, Any], alerts: list[dict[str, Any]]
 ) -> None:
     found = await exposed(await addresses_of(deployment))
     assert unknown_names("sum by (nothing) (no_such_metric)", found) == {"nothing", "no_such_metric"}
@@ -227,9 +202,7 @@ async def test_dashboard_and_alerts_name_what_exists(
         assert label in found[metric]
 
 
-async def test_page_of_metrics_has_all_names(
-    deployment: Deployment, repository: Path, failing_engine: None
-) -> None:
+async def test_page_of_metrics_has_all_names(deployment: Deployment, repository: Path) -> None:
     page = (repository / "docs/health-and-metrics.md").read_text()
     shown = set(re.findall(r"`(…?\w+)`", page))
     for name in await exposed(await addresses_of(deployment)):
@@ -316,7 +289,7 @@ async def value_of(http: httpx.AsyncClient, expression: str) -> list[Any]:
 
 
 async def test_prometheus_answers_every_panel(
-    deployment: Deployment, dashboard: dict[str, Any], directory: Path, tmp_path: Path, failing_engine: None
+    deployment: Deployment, dashboard: dict[str, Any], directory: Path, tmp_path: Path
 ) -> None:
     addresses = await addresses_of(deployment)
     alerts = directory / "observability/alerts.yml"

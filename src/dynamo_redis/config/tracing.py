@@ -31,10 +31,14 @@ class TracingSettings(SettingsGroup):
         "http/protobuf",
         "Protocol to the collector. grpc needs the package `opentelemetry-exporter-otlp-proto-grpc`.",
     )
+    otel_traces_protocol: Literal["http/protobuf", "grpc"] | None = setting(
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", None, "The protocol for traces, if another is for the rest."
+    )
     otel_service_name: str | None = setting(
         "OTEL_SERVICE_NAME",
         None,
-        "Name of the process in traces. Unset: `dynamo-frontend`, `dynamo-worker`, …",
+        "Name of the process in traces. Unset: that of `OTEL_RESOURCE_ATTRIBUTES`, else `dynamo-frontend`, "
+        "`dynamo-worker`, …",
     )
     otel_export_enabled: bool | None = setting(
         "OTEL_EXPORT_ENABLED",
@@ -54,6 +58,11 @@ class TracingSettings(SettingsGroup):
         return "otlp" if is_on else None
 
     @property
+    def protocol(self) -> Literal["http/protobuf", "grpc"]:
+        """The protocol for traces."""
+        return self.otel_traces_protocol or self.otel_protocol
+
+    @property
     def traces_url(self) -> str | None:
         """The address for traces; None: the exporter's default, on this machine."""
         if self.otel_traces_endpoint is not None:
@@ -61,4 +70,4 @@ class TracingSettings(SettingsGroup):
         if self.otel_endpoint is None:
             return None
         url = self.otel_endpoint.get_secret_value()
-        return url if self.otel_protocol == "grpc" else f"{url.rstrip('/')}/v1/traces"
+        return url if self.protocol == "grpc" else f"{url.rstrip('/')}/v1/traces"

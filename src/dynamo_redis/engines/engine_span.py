@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,7 +14,7 @@ current_engine_span: ContextVar[tracing.Span | None] = ContextVar("current_engin
 """The span of the request that this code of an engine works for."""
 
 
-def with_engine_span(generate: Handler) -> Handler:
+def with_engine_span(generate: Callable[[Any, Context], AsyncIterator[Any]]) -> Handler:
     """Return an engine's `generate`, with a span for each request while traces are exported."""
 
     def call(request: Any, context: Context) -> Any:
@@ -22,39 +22,31 @@ def with_engine_span(generate: Handler) -> Handler:
             return generate(request, context)
         span = tracing.tracer.begin("engine", "internal", context.traceparent)
         context.traceparent = span.traceparent
-        return _watch(generate(request, context), span, context)
+        current_engine_span.set(span)  # in the context variables of the request's own task
+        return tracing.spanned(generate(request, context), span, context, _TokenCount())
 
     return call
 
 
-async def _watch(items: Any, span: tracing.Span, context: Context) -> AsyncGenerator[Any]:
-    token_count, last = 0, None
-    current_engine_span.set(span)
-    try:
-        async for last in items:
-            if not token_count:
-                span.add_event("first token")
-            token_count += _token_count(last)
-            yield last
-        if context.is_stopped():
-            span.fail("cancelled")
-    except BaseException as exc:
-        span.fail_with(exc)
-        raise
-    finally:
-        try:
-            if isinstance(items, AsyncGenerator):
-                await items.aclose()
-        finally:
-            reason = last.get("finish_reason") if isinstance(last, dict) else None
-            if isinstance(reason, str):
-                span.set({"gen_ai.response.finish_reasons": [reason]})
-            span.set({"gen_ai.usage.output_tokens": token_count})
-            span.end()
-            current_engine_span.set(None)
+class _TokenCount:
+    """A tally of tokens. An item that is none, which the receiver refuses, has no tokens."""
 
+    first = "first token"
 
-def _token_count(item: Any) -> int:
-    """Return the number of tokens of an item; 0 for what is no item, which the receiver refuses."""
-    token_ids = item.get("token_ids") if isinstance(item, dict) else None
-    return len(token_ids) if isinstance(token_ids, list) else 0
+    def __init__(self) -> None:
+        self._count = 0
+        self._reason: str | None = None
+
+    def add(self, item: Any) -> None:
+        """See `tracing.Tally.add`."""
+        if isinstance(item, dict):
+            token_ids, reason = item.get("token_ids"), item.get("finish_reason")
+            self._count += len(token_ids) if isinstance(token_ids, list) else 0
+            self._reason = reason if isinstance(reason, str) else None
+
+    def attributes(self) -> Mapping[str, tracing.Value | None]:
+        """See `tracing.Tally.attributes`."""
+        return {
+            "gen_ai.usage.output_tokens": self._count,
+            "gen_ai.response.finish_reasons": [self._reason] if self._reason else None,
+        }

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from dynamo_redis.config import TracingSettings
 from dynamo_redis.errors import ConfigError, DynamoRedisError
@@ -149,18 +149,56 @@ def in_request(handler: Handler, name: str, attributes: Mapping[str, Value]) -> 
             span.fail_with(exc)
             span.end()
             raise
-        return _items(result, span, context) if hasattr(result, "__anext__") else _item(result, span)
+        if hasattr(result, "__anext__"):
+            return spanned(result, span, context, ItemCount())
+        return _item(result, span)
 
     return call
 
 
-async def _items(items: AsyncIterator[Any], span: Span, context: Context) -> AsyncGenerator[Any]:
-    count = 0
+class Tally(Protocol):
+    """Counts the items of an answer for its span."""
+
+    first: str
+    """The name of the event of the first item."""
+
+    def add(self, item: Any) -> None:
+        """Count an item. Must not raise."""
+        ...
+
+    def attributes(self) -> Mapping[str, Value | None]:
+        """Return the attributes of the span at its end."""
+        ...
+
+
+class ItemCount:
+    """A tally of any items."""
+
+    first = "first item"
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, item: Any) -> None:
+        """See `Tally.add`."""
+        self._count += 1
+
+    def attributes(self) -> Mapping[str, Value | None]:
+        """See `Tally.attributes`."""
+        return {"dynamo.response.items": self._count}
+
+
+async def spanned(
+    items: AsyncIterator[Any], span: Span, context: Context, tally: Tally
+) -> AsyncGenerator[Any]:
+    """Yield the items of an answer; end its span with it, as failed if it fails or is cancelled."""
+    has_begun = False
     try:
         async for item in items:
-            if not count:
-                span.add_event("first item")
-            count += 1
+            if not has_begun:
+                has_begun = True
+                span.add_event(tally.first)
+            tally.add(item)
             yield item
         if context.is_stopped():
             span.fail("cancelled")
@@ -172,7 +210,7 @@ async def _items(items: AsyncIterator[Any], span: Span, context: Context) -> Asy
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
         finally:
-            span.set({"dynamo.response.items": count})
+            span.set(tally.attributes())
             span.end()
 
 
@@ -194,15 +232,16 @@ def configure_tracing(
 ) -> None:
     """Export the traces of this process, if an exporter or endpoint is set. Call it once, at start.
 
-    `OTEL_SERVICE_NAME` replaces `service_name`. A program that has set OpenTelemetry's tracer provider before
-    keeps it, and requests are traced there. Raises ConfigError if the packages are missing.
+    `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` replace these names. A program that has set
+    OpenTelemetry's tracer provider before keeps it, and requests are traced there. Raises ConfigError if the
+    packages are missing.
     """
     settings = settings or TracingSettings.load()
     if settings.exporter is None:
         return
     try:
         from opentelemetry import trace
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
@@ -216,9 +255,12 @@ def configure_tracing(
             f"traces are on, but {exc.name} is not installed: pip install 'dynamo-redis[otel]', or unset "
             "OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_EXPORTER and OTEL_EXPORT_ENABLED"
         ) from exc
-    names = {"service.name": settings.otel_service_name or service_name}
+    names: dict[str, Any] = {"service.name": service_name}
     if instance_id is not None:
         names["service.instance.id"] = instance_id
+    names |= OTELResourceDetector().detect().attributes  # those of the environment
+    if settings.otel_service_name:
+        names["service.name"] = settings.otel_service_name
     provider = TracerProvider(resource=Resource.create(names), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     _publish(provider)
@@ -248,7 +290,7 @@ def _make_exporter(settings: TracingSettings) -> SpanExporter:
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
         return ConsoleSpanExporter(out=sys.stderr)  # stdout has the line that says that the process is ready
-    if settings.otel_protocol == "grpc":
+    if settings.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc import trace_exporter as grpc
 
         exporter: SpanExporter = grpc.OTLPSpanExporter(endpoint=settings.traces_url)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +13,10 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
 from dynamo_redis.errors import ConnectionLost, HandlerFailed
-from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import tracing
-from tests import routed_deployment
-from tests.routed_deployment import Deployment, NotingEngine, until_served
+from tests.routed_deployment import Deployment, FailingEngine, until, until_served
 from tests.routed_deployment import deployment as deployment
 
 WITHIN_S = 60.0
@@ -48,12 +45,6 @@ class Spans:
         return str([span.to_json() for span in self._exporter.get_finished_spans()])
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WITHIN_S):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 @pytest.fixture
 def exporter() -> InMemorySpanExporter:
     return InMemorySpanExporter()
@@ -80,28 +71,6 @@ def id_of(span: ReadableSpan) -> int:
 
 def attributes(span: ReadableSpan) -> dict[str, Any]:
     return dict(span.attributes or {})
-
-
-class FailingEngine(NotingEngine):
-    """A mock engine that fails in the middle of its next answer, if a failure is set."""
-
-    failure: Exception | None = None
-
-    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
-        count = 0
-        async for item in super().generate(request, context):
-            yield item
-            count += 1
-            if count == 3 and (failure := FailingEngine.failure) is not None:
-                FailingEngine.failure = None
-                raise failure
-
-
-@pytest.fixture
-def failing_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(routed_deployment, "NotingEngine", FailingEngine)
-    yield
-    FailingEngine.failure = None
 
 
 @pytest.mark.parametrize(
@@ -172,11 +141,9 @@ async def test_health_checks_have_no_spans(deployment: Deployment, spans: Spans)
     assert str(spans) == "[]"
 
 
-async def test_migration_is_an_event_and_a_second_call(
-    deployment: Deployment, spans: Spans, failing_engine: None
-) -> None:
+async def test_migration_is_an_event_and_a_second_call(deployment: Deployment, spans: Spans) -> None:
     for _ in range(2):
-        await deployment.worker()
+        await deployment.worker(kind=FailingEngine)
     frontend = await deployment.frontend(mode="round_robin", migration_limit=1)
     await until_served(frontend, instances=2)
     FailingEngine.failure = ConnectionLost("on purpose")
@@ -193,10 +160,8 @@ async def test_migration_is_an_event_and_a_second_call(
     assert attributes(lost)["dynamo.instance.id"] != attributes(whole)["dynamo.instance.id"]
 
 
-async def test_failure_sets_the_status_of_all_parts(
-    deployment: Deployment, spans: Spans, failing_engine: None
-) -> None:
-    await deployment.worker()
+async def test_failure_sets_the_status_of_all_parts(deployment: Deployment, spans: Spans) -> None:
+    await deployment.worker(kind=FailingEngine)
     frontend = await deployment.frontend(mode="round_robin")
     await until_served(frontend)
     FailingEngine.failure = HandlerFailed("on purpose")

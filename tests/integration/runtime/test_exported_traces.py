@@ -95,6 +95,17 @@ def test_collector_gets_all_spans_at_the_end(
     assert int(told["service.instance.id"], 16)
 
 
+def test_names_of_the_environment_count(
+    collector: Collector, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    given = {"service.name": "mine", "service.instance.id": "pod-7"}
+    attributes = ",".join(f"{name}={value}" for name, value in given.items())
+    run_service(collector.url, dynamo_redis_url, dynamo_redis_prefix, OTEL_RESOURCE_ATTRIBUTES=attributes)
+    resource = collector.requests[0].resource_spans[0].resource
+    told = {pair.key: pair.value.string_value for pair in resource.attributes}
+    assert given.items() <= told.items()
+
+
 def test_sampler_of_the_environment_counts(
     collector: Collector, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
@@ -161,6 +172,11 @@ def test_missing_packages_are_named(dynamo_redis_url: str) -> None:
         ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/x"}, "otlp", "http://c/x"),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+            "otlp",
+            "http://c:4317",
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"},
             "otlp",
             "http://c:4317",
         ),
