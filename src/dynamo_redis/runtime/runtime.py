@@ -267,11 +267,14 @@ class DistributedRuntime:
         return self._shutdown.is_set()
 
     async def wait_for_shutdown(self) -> None:
-        """Wait until `shutdown` is called. With `handle_signals`, SIGTERM and SIGINT call it."""
+        """Wait until `shutdown` is called. With `handle_signals`, signals call it."""
         await self._shutdown.wait()
 
     def handle_signals(self) -> None:
-        """Let SIGTERM and SIGINT call `shutdown`, until `aclose`. A second signal has its default effect."""
+        """Let SIGTERM, SIGINT and SIGHUP call `shutdown`, until `aclose`. A second has its default effect.
+
+        SIGHUP, the end of a terminal, is left alone if it is ignored, as by nohup, or has a handler.
+        """
         loop = asyncio.get_running_loop()
 
         def on_signal(number: signal.Signals) -> None:
@@ -283,11 +286,16 @@ class DistributedRuntime:
             )
             self.shutdown()
 
+        def handle(number: signal.Signals) -> None:
+            loop.add_signal_handler(number, on_signal, number)
+            self._signals.append(number)
+
         # Only the main thread may add handlers, and Windows has none.
         with suppress(NotImplementedError, ValueError, RuntimeError):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, on_signal, number)
-                self._signals.append(number)
+            handle(signal.SIGTERM)
+            handle(signal.SIGINT)
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                handle(signal.SIGHUP)
 
     async def aclose(self) -> None:
         """Leave the registry, drain, revoke the lease, close. Idempotent.

@@ -36,11 +36,11 @@ def dynamo_worker(
 
         uvloop.run(worker())
 
-    SIGTERM and SIGINT shut the runtime down: `serve_endpoint` returns, and the worker ends with 0 within
-    `DYN_GRACEFUL_SHUTDOWN_S`. A program that waits for an instance, or for Redis, ends at once with exit code
-    1. A program that waits for anything else is cancelled when that time is nearly over, and ends with 1,
-    too. Logs go to stderr at the level of `DYN_LOG`, unless the root logger has a handler already. Raises
-    ConfigError for wrong settings.
+    SIGTERM, SIGINT and SIGHUP shut the runtime down: `serve_endpoint` returns, and the worker ends with 0
+    within `DYN_GRACEFUL_SHUTDOWN_S`. A program that waits for an instance, or for Redis, ends at once with
+    exit code 1. A program that waits for anything else is cancelled when that time is nearly over, and ends
+    with 1, too. Logs go to stderr at the level of `DYN_LOG`, unless the root logger has a handler already.
+    Raises ConfigError for wrong settings.
     """
     if enable_nats is not None:
         warnings.warn("enable_nats has no effect: no NATS is used", DeprecationWarning, stacklevel=2)

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.frontend_deployment import Deployment
+from tests.frontend_deployment import Deployment, until_healthy
 from tests.frontend_programs import (
     WITHIN_S,
     Load,
@@ -215,6 +215,23 @@ async def test_signal_lets_answers_finish(programs: Programs, deployment: Deploy
         assert [line async for line in lines if line][-1] == "data: [DONE]"
     assert await frontend.ended() == 0
     assert not any(map(is_alive, children.values()))
+
+
+async def test_hangup_lets_the_only_process_finish(programs: Programs, deployment: Deployment) -> None:
+    """Without others there is no process to hand over to: it ends as by SIGTERM."""
+    await deployment.worker(speedup_ratio=1)
+    frontend = programs.frontend()
+    url = await frontend.url()
+    await until_healthy(url)
+    async with (
+        httpx.AsyncClient(timeout=WITHIN_S) as http,
+        http.stream("POST", f"{url}/v1/chat/completions", json=LONG) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        frontend.send(signal.SIGHUP)
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+    assert await frontend.ended() == 0
 
 
 async def test_second_signal_ends_all_at_once(programs: Programs, deployment: Deployment) -> None:
