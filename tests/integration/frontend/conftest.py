@@ -42,6 +42,7 @@ from tests.frontend_deployment import Deployment
 
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
 WINDOW_COUNT = 64
+KSERVE_DRAIN_S = 120.0
 Script = Callable[[GenerateRequest, Context], AsyncGenerator[Any]]
 
 
@@ -349,7 +350,7 @@ async def _frontend(
             url = url_of(listener, door.scheme)
             async with (
                 (
-                    serving_kserve(app, metadata, settings, wait_for_shutdown, 2)
+                    serving_kserve(app, metadata, settings, wait_for_shutdown, KSERVE_DRAIN_S)
                     if settings.kserve_grpc_server
                     else nullcontext(0)
                 ) as grpc_port,

@@ -216,6 +216,18 @@ async def test_drain_finishes_answers_and_ends_streams(frontend: Frontend, clien
     assert (await whole).outputs[1].contents.bytes_contents == [b"stop"]
 
 
+async def test_drain_leaves_clients_that_do_not_read(open_frontend: OpenFrontend) -> None:
+    """The time for a drain is longer than this test waits for its end."""
+    frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0, send_timeout_s=0.2)
+    frontend.worker.script = endless
+    async with kserve_client(frontend.grpc_port, **SMALL_WINDOW) as client:
+        call = client.stream()
+        await send(call, infer_request(streaming=True, parameters={"ignore_eos": True}))
+        await frontend.until(lambda: frontend.worker.ended == ["closed"])
+        frontend.shutdown.set()
+        await frontend.until(lambda: "drain gRPC" not in {task.get_name() for task in asyncio.all_tasks()})
+
+
 async def test_half_closed_stream_is_answered_to_its_end(client: KserveClient) -> None:
     empty = client.stream()
     await empty.done_writing()
