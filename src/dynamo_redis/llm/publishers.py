@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo_redis.errors import ConfigError, StoreError
 from dynamo_redis.events.engine_blocks import EngineHash
@@ -22,6 +22,9 @@ from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Component, Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.wire.topics import KV_METRICS, LOAD_METRICS
+
+if TYPE_CHECKING:
+    from dynamo_redis.events.engine_zmq.relay import EventRelay
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,17 @@ class KvEventPublisher:
         kv_block_size: int = 0,
         dp_rank: int = 0,
         enable_local_indexer: bool = True,
+        zmq_endpoint: str | None = None,
+        zmq_topic: str | None = None,
+        batching_timeout_ms: int | None = None,
+        image_token_id: int | None = None,
+        kv_state_endpoint: str | None = None,
+        video_token_id: int | None = None,
     ) -> None:
         """Make the publisher of a rank. Raises ConfigError.
+
+        With `zmq_endpoint` it publishes what the engine sends at that ZMQ socket, in the form of vLLM and
+        SGLang. That needs the extra `engines`.
 
         Args:
             endpoint: any endpoint of the worker's component.
@@ -51,14 +63,28 @@ class KvEventPublisher:
             kv_block_size: tokens a block, the same for all ranks.
             dp_rank: the data-parallel rank.
             enable_local_indexer: without effect; there is always one.
+            zmq_endpoint: the socket of this rank, as `tcp://127.0.0.1:5557`.
+            zmq_topic: the topic of the messages to receive; None: all.
+            batching_timeout_ms, image_token_id, video_token_id: without effect, named in the log.
+            kv_state_endpoint: refused unless it is `endpoint`.
         """
         runtime, name = place_of(endpoint)
         if worker_id is not None and worker_id != runtime.instance_id:
             raise ConfigError(f"worker_id={worker_id} must be this process's instance, {runtime.instance_id}")
         if kv_block_size < 1:
             raise ConfigError(f"kv_block_size={kv_block_size} must be the engine's tokens a block")
+        if kv_state_endpoint not in (None, str(name)):
+            raise ConfigError(f"kv_state_endpoint={kv_state_endpoint!r}: events belong to {name} here")
+        unused = {
+            "batching_timeout_ms": batching_timeout_ms,
+            "image_token_id": image_token_id,
+            "video_token_id": video_token_id,
+        }
+        if given := [option for option, value in unused.items() if value is not None]:
+            log.warning("KvEventPublisher: %s: no effect here", ", ".join(given))
         self._loop = _LoopThread()
         self._rank: KvPublisher | None = None
+        self._relay: EventRelay | None = None
         if runtime.settings.events.event_plane == "none":
             return
         key = ("kv events", name.namespace, name.component)
@@ -68,13 +94,17 @@ class KvEventPublisher:
             raise ConfigError(
                 f"kv_block_size={kv_block_size} must be {self._rank.block_size} as other ranks'"
             )
+        if zmq_endpoint is not None:
+            relay = open_relay(self._rank, zmq_endpoint, zmq_topic or "")
+            self._relay = runtime.attach(("kv relay", name, dp_rank, zmq_endpoint), lambda: relay)
+            relay.start()
 
     @classmethod
     def of_rank(cls, rank: KvPublisher) -> KvEventPublisher:
         """Return a publisher that reports to `rank`, which the worker has published already."""
         publisher = cls.__new__(cls)
         publisher._loop = _LoopThread()
-        publisher._rank = rank
+        publisher._rank, publisher._relay = rank, None
         return publisher
 
     def publish_stored(
@@ -141,8 +171,22 @@ class KvEventPublisher:
 
     def shutdown(self) -> None:
         """Publish that this rank holds no blocks, and nothing after that. Returns at once."""
-        self.publish_cleared()
-        self._rank = None
+        rank, relay = self._rank, self._relay
+        self._rank = self._relay = None
+        if rank is None:
+            return
+        if relay is None:
+            self._loop.call(rank.cleared)
+            return
+
+        async def end() -> None:
+            await relay.aclose()
+            rank.cleared()
+
+        def begin_to_end() -> None:
+            started(end())
+
+        self._loop.call(begin_to_end)
 
 
 class WorkerMetricsPublisher:
@@ -263,6 +307,21 @@ class _LoopThread:
             return
         with suppress(RuntimeError):  # the loop is closed, and with it the publisher
             self._loop.call_soon_threadsafe(do)
+
+
+def open_relay(publisher: KvPublisher, endpoint: str, topic: str) -> EventRelay:
+    """Return a relay of an engine's socket to a rank's publisher, not started. Raises ConfigError for a wrong
+    endpoint, and without pyzmq."""
+    try:
+        from dynamo_redis.events.engine_zmq.relay import EventRelay
+    except ImportError as exc:
+        raise ConfigError(
+            f"KV events by ZMQ need pyzmq: pip install 'dynamo-redis[engines]' ({exc})"
+        ) from exc
+    try:
+        return EventRelay([publisher], events_endpoint=endpoint, topic=topic)
+    except ValueError as exc:
+        raise ConfigError(f"ZMQ endpoint {endpoint!r}: {exc}") from exc
 
 
 def place_of(endpoint: Endpoint | Component) -> tuple[DistributedRuntime, EndpointName]:

@@ -32,7 +32,7 @@ from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime import Context, DistributedRuntime, Settings
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import read_kv_events
-from tests.integration.engines.kv_event_server import KvEventServer
+from tests.integration.engines.kv_event_server import KvEventServer, block_stored
 
 ENDPOINT = "dynamo.backend.generate"
 WITHIN_S = 20.0
@@ -265,7 +265,7 @@ async def test_zmq_source_is_relayed(serve: Serve) -> None:
             await serving.ask()
             async with asyncio.timeout(WITHIN_S):
                 while not [item for item in await serving.ask("kv_dump", {"have": []}) if "batch" in item]:
-                    server.publish([["BlockStored", [7], None, [1, 2, 3, 4], 4, None]])
+                    server.publish([block_stored([7], None, [1, 2, 3, 4])])
                     await asyncio.sleep(0.05)
     finally:
         await server.aclose()

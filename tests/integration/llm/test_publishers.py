@@ -17,6 +17,7 @@ from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.store.event_base import BEGINNING, StreamName
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import CLEARED, STORED, KvEvent, read_kv_events
+from tests.integration.engines.kv_event_server import KvEventServer, block_stored
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 
@@ -143,3 +144,28 @@ async def test_load_has_the_known_values_only(open_runtime: OpenRuntime) -> None
         "kv_stats": {"kv_active_blocks": 5},
     }
     assert batch.events == [event]
+
+
+async def test_engines_socket_is_relayed(open_runtime: OpenRuntime, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = await open_runtime()
+    endpoint = runtime.endpoint("demo.llm.generate")
+    server = KvEventServer(topic="kv")
+    try:
+        with pytest.raises(ConfigError, match="ZMQ endpoint"):
+            KvEventPublisher(endpoint, kv_block_size=BLOCK, zmq_endpoint="nowhere")
+        with pytest.raises(ConfigError, match="kv_state_endpoint"):
+            KvEventPublisher(endpoint, kv_block_size=BLOCK, kv_state_endpoint="other.llm.generate")
+        publisher = KvEventPublisher(
+            endpoint, kv_block_size=BLOCK, zmq_endpoint=server.endpoint, zmq_topic="kv", image_token_id=5
+        )
+        assert "KvEventPublisher: image_token_id: no effect here" in caplog.messages
+        relaying = asyncio.create_task(_events(runtime, 1))
+        while not relaying.done():  # a subscriber that joins late misses what was sent before
+            server.publish([block_stored([7], None, PROMPT[:BLOCK])])
+            await asyncio.sleep(0.05)
+        dp_rank, event = relaying.result()[0]
+        assert (dp_rank, event.kind, list(event.hashes)) == (0, STORED, NAMES[:1])
+        publisher.shutdown()
+        assert CLEARED in [event.kind for _, event in await _events(runtime, 2)]
+    finally:
+        await server.aclose()

@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -30,7 +29,7 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.exposition import Family
-from dynamo_redis.llm.publishers import KvEventPublisher
+from dynamo_redis.llm.publishers import KvEventPublisher, open_relay
 from dynamo_redis.models.card import MAX_RANKS
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest, is_count
 from dynamo_redis.planes.context import Context, Strength
@@ -38,7 +37,7 @@ from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.runtime.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from dynamo_redis.engines.openai.relay import RankRelay
+    from dynamo_redis.events.engine_zmq.relay import EventRelay
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class AdaptedEngine(Engine):
         self._load_time_s = 0.0
         self._running: Counter[int] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._relays: list[RankRelay] = []
+        self._relays: list[EventRelay] = []
         self._lines = RateLimitedLog(log)
         self._is_owed_cleanup = False
         # A default `abort` does nothing: it needs no task for each request that ends early.
@@ -124,7 +123,7 @@ class AdaptedEngine(Engine):
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._closing_s)
         for relay in self._relays:
-            relay.close()
+            await relay.aclose()
         try:
             await self._in_time("drain", self._engine.drain())
         except EngineFailed as exc:
@@ -176,20 +175,10 @@ class AdaptedEngine(Engine):
                 self._relay(source, publisher)
 
     def _relay(self, source: ZmqSource, publisher: KvPublisher) -> None:
-        """Relay the events of a socket from now on. Raises ConfigError without pyzmq."""
-        try:
-            from dynamo_redis.engines.openai.relay import RankRelay
-            from dynamo_redis.engines.openai.zmq_sockets import EventSubscriber
-        except ImportError as exc:
-            raise ConfigError(
-                f"a ZmqSource needs pyzmq: pip install 'dynamo-redis[engines]' ({exc})"
-            ) from exc
-        try:
-            relay = RankRelay(publisher, EventSubscriber(source.endpoint, source.topic), None)
-        except ValueError as exc:
-            raise ConfigError(f"{source}: {exc}") from exc
+        """Relay the events of a socket from now on. Raises ConfigError."""
+        relay = open_relay(publisher, source.endpoint, source.topic)
         self._relays.append(relay)
-        self._keep(asyncio.create_task(relay.run(), name=f"KV events of rank {source.dp_rank}"))
+        relay.start()
 
     def loads(self) -> Sequence[EngineLoad]:
         return [
@@ -294,7 +283,7 @@ class AdaptedEngine(Engine):
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
-        task.add_done_callback(partial(_note_end, self._tasks))
+        task.add_done_callback(self._tasks.discard)
 
 
 def _generator(chunks: Any) -> AsyncGenerator[Any, None]:
@@ -348,12 +337,6 @@ def _check(said: unified.LlmRegistration) -> None:
     unused = ("bootstrap_host", "bootstrap_port", "enable_eagle", "max_gpu_lora_count")
     if given := [name for name in unused if getattr(said, name)]:
         log.warning("EngineConfig.llm: %s: not known here, no effect", ", ".join(given))
-
-
-def _note_end(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
-    tasks.discard(task)
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        log.error("%s ended", task.get_name(), exc_info=failure)
 
 
 def _shown(value: object) -> str:

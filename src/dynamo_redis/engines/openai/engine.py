@@ -19,7 +19,6 @@ from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.model_tokens import ModelTokens
 from dynamo_redis.engines.openai.dialects import Dialect
 from dynamo_redis.engines.openai.http import Completion
-from dynamo_redis.engines.openai.relay import EventRelay
 from dynamo_redis.engines.openai.request import (
     completion_body,
     hidden_stop_ids,
@@ -39,6 +38,7 @@ from dynamo_redis.errors import (
     PlaneError,
     RequestCancelled,
 )
+from dynamo_redis.events.engine_zmq.relay import EventRelay
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.models.directory import ModelDirectory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Final
 
-from dynamo_redis.engines.openai.zmq_sockets import EventSubscriber, replay
-from dynamo_redis.engines.openai.zmq_wire import (
+from dynamo_redis.events.engine_zmq.sockets import EventSubscriber, replay
+from dynamo_redis.events.engine_zmq.wire import (
     Cleared,
     MainGroup,
     Removed,
@@ -128,7 +128,7 @@ class RankRelay:
 
     `counts` has the numbers of events: `message`, `repeated`, `gap`, `replayed`, `replay_failed`; of starts
     over by reason: `restart`, `lost`, `malformed`, and `reset` if blocks were forgotten; of events left out
-    by reason: those of `zmq_wire`, and `other_group`.
+    by reason: those of `wire`, and `other_group`.
     """
 
     def __init__(

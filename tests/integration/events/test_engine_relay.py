@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from dynamo_redis.engines.openai import relay as relay_module
-from dynamo_redis.engines.openai.relay import EventRelay, RankRelay, rank_endpoint
 from dynamo_redis.events.block_hashes import chain, local_hashes
+from dynamo_redis.events.engine_zmq import relay as relay_module
+from dynamo_redis.events.engine_zmq.relay import EventRelay, RankRelay, rank_endpoint
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.wire.kv_event import CLEARED, HOST
 from tests.integration.engines.kv_event_server import (

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_redis.engines.openai.zmq_wire import (
+from dynamo_redis.events.engine_zmq.wire import (
     END_OF_REPLAY,
     Cleared,
     EngineEvent,

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from dynamo_redis.engines.openai.zmq_wire import END_OF_REPLAY, replay_request, split_message
+from dynamo_redis.events.engine_zmq.wire import END_OF_REPLAY, replay_request, split_message
 
 _QUEUE_COUNT: Final = 20_000
 """The most unread messages. Then TCP pushes back, the engine drops messages at its own high-water mark, and
