@@ -25,6 +25,8 @@ class BlocksStored:
     parent_hash: int | None
     token_ids: Sequence[int]
     block_size: int
+    cache_salt: str | None = None
+    """The salt of the requests that may share these blocks; None: those without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ def report_to(publisher: KvPublisher) -> KvEventSink:
 
     def report(event: KvEvent) -> None:
         match event:
-            case BlocksStored(block_hashes, parent_hash, token_ids):
-                publisher.stored(block_hashes, token_ids, parent_hash)
+            case BlocksStored(block_hashes, parent_hash, token_ids, cache_salt=cache_salt):
+                publisher.stored(block_hashes, token_ids, parent_hash, cache_salt=cache_salt)
             case BlocksRemoved(block_hashes):
                 publisher.removed(block_hashes)
             case AllBlocksCleared():

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple, Protocol
 
-from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed
+from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed, salted_seed
 from dynamo_redis.events.engine_blocks import EngineHash, LocalIndex, LooseBlocks, engine_keys
 from dynamo_redis.events.recent_prompts import Content, RecentPrompts
 from dynamo_redis.wire import kv_event
@@ -143,6 +143,7 @@ class KvPublisher:
         *,
         tier: int = DEVICE,
         lora_name: str | None = None,
+        cache_salt: str | None = None,
     ) -> None:
         """Note that the engine holds these whole blocks now, which follow each other.
 
@@ -153,12 +154,16 @@ class KvPublisher:
                 token ids it is not used.
             tier: the tier on which they are held.
             lora_name: the LoRA adapter that has read them.
+            cache_salt: the salt of the requests that may share them; None: those without one.
         """
         keys: Sequence[EngineHash] = engine_keys(block_hashes)
         place = self._index[tier]
         new: list[int] = []
         if len(token_ids):
-            placed = self._place(keys, token_ids, parent_hash, tier, lora_name)
+            seed = lora_seed(lora_name) if lora_name else SEED
+            if cache_salt:
+                seed = salted_seed(cache_salt, seed)
+            placed = self._place(keys, token_ids, parent_hash, tier, seed)
             if placed is None:
                 return
             keys, names = placed.keys, placed.names
@@ -259,16 +264,16 @@ class KvPublisher:
         token_ids: Sequence[int],
         parent_hash: EngineHash | None,
         tier: int,
-        lora_name: str | None,
+        seed: int,
     ) -> _Placed | None:
         """Find the names of stored blocks, and the block before them; None if they can have no names.
 
-        The arguments are those of `stored`, with engine hashes as `engine_keys` makes them.
+        The arguments are those of `stored`, with engine hashes as `engine_keys` makes them, and the seed of
+        the names.
         """
         if len(token_ids) != len(keys) * self.block_size:
             self._leave_out("block_size", len(keys))
             return None
-        seed = lora_seed(lora_name) if lora_name else SEED
         try:
             tokens = array("I", token_ids)
         except (TypeError, ValueError, OverflowError):

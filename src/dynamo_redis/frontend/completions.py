@@ -33,10 +33,11 @@ from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import OBSERVATION, Observation
 from dynamo_redis.frontend.options import CompletionOptions
-from dynamo_redis.frontend.parameters import check_headers
+from dynamo_redis.frontend.parameters import check_headers, unsupported
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context, current_request
+from dynamo_redis.router.prompts import OVERRIDE
 
 TIMEOUT_S = "dynamo_redis.timeout_s"
 """The key in a scope of the client's own limit of the request's time, in seconds, or None."""
@@ -71,6 +72,7 @@ class Completions:
         self._bodies = bodies
         self._limit_bytes = int(settings.max_body_bytes)
         self._max_choices_count = settings.max_choices_count
+        self._routes_by_cache = settings.router_mode == "kv"
         self._timeout_s = settings.request_timeout_s or None
         self._migration_limit = settings.migration_limit
         self._migration_max_length = settings.migration_max_seq_len
@@ -166,6 +168,8 @@ class Completions:
             del content
             if body.choice_count > self._max_choices_count:
                 raise too_many_choices(body.choice_count, self._max_choices_count)
+            if not self._routes_by_cache and body.options.routing().get(OVERRIDE):
+                raise unsupported("nvext.router_config_override", "this frontend does not route by KV caches")
             model = self._models.get(body.options.model, self._can_serve)
             try:
                 model, requests = await self._prepare(model, body)

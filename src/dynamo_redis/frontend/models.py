@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.config import RouterSettings
-from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
+from dynamo_redis.errors import DynamoRedisError, InvalidRequest, ModelCacheError, Overloaded, StoreError
 from dynamo_redis.frontend.busy import ModelThresholds
 from dynamo_redis.frontend.http.errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import Answer, CardEntry, EndpointClient, Model, NamedModel
@@ -220,9 +220,15 @@ class LiveModels:
         context: Context,
         excluded: Collection[int] = (),
     ) -> Answer:
-        """Send a request to one of the model's instances that are not excluded. Raises PlaneError."""
+        """Send a request to one of the model's instances that are not excluded. Raises PlaneError;
+        InvalidRequest if the request names an instance that does not serve the model."""
         assert model.client is not None
-        among = IdsWithout(model.among, excluded) if excluded else model.among
+        among: Collection[int] = IdsWithout(model.among, excluded) if excluded else model.among
+        wanted = request.get("backend_instance_id")
+        if wanted is not None:
+            if wanted not in model.among:
+                raise InvalidRequest(f"nvext.backend_instance_id: {wanted} serves no model {model.name!r}")
+            among = [wanted] if wanted in among else []
         busy = self.thresholds.of(model.name)
         if busy.is_set:
             return await model.client.generate(request, False, context, among=among, busy=busy)

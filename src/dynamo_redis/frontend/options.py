@@ -19,6 +19,7 @@ MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 1024
 MAX_TOKEN_IDS = 8192
 MAX_LOGPROBS = 20
+MAX_SALT_CHARS = 256
 
 _INT64 = {"ge": -(2**63), "le": 2**63 - 1}
 
@@ -42,6 +43,9 @@ RepetitionPenalty = Annotated[float, Field(gt=0)]
 ThinkingBudget = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -50,10 +54,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+class RouterOverride(BaseModel):
+    """`nvext.router_config_override`: the router's weights for one request."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+    overlap_score_credit: Weight | None = None
+    overlap_score_weight: Weight | None = None
+    prefill_load_scale: Weight | None = None
+    router_temperature: Weight | None = None
+
+
 class Extensions(BaseModel):
     """`nvext`, Dynamo's extensions."""
 
     model_config = _FURTHER
+    backend_instance_id: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    router_config_override: RouterOverride | None = None
     ignore_eos: bool | None = None
     greed_sampling: bool | None = None
     max_thinking_tokens: ThinkingBudget | None = None
@@ -138,6 +154,8 @@ class CompletionOptions(RequestBody):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: RepetitionPenalty | None = None
     thinking_token_budget: ThinkingBudget | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias] | None = None
     allowed_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)] | None
@@ -190,6 +208,15 @@ class CompletionOptions(RequestBody):
     def sampling_options(self) -> SamplingOptions:
         """Return the sampling options of the worker's request, without the seed: each choice has its own."""
         return self._sampling
+
+    def routing(self) -> dict[str, Any]:
+        """Return the keys of the worker's request that concern routers and schedulers."""
+        found: dict[str, Any] = {"cache_salt": self.cache_salt, "priority": self.priority}
+        if self.nvext is not None:
+            found["backend_instance_id"] = self.nvext.backend_instance_id
+            if (override := self.nvext.router_config_override) is not None:
+                found["router_config_override"] = override.model_dump(exclude_none=True)
+        return {name: value for name, value in found.items() if value not in (None, {})}
 
     def _read_sampling(self) -> SamplingOptions:
         """Read `sampling_options`. Raises ApiError if two parameters with one meaning differ."""

@@ -74,6 +74,7 @@ class Preparation:
         requests = []
         for token_ids in tokenized:
             conditions = _stop_conditions(token_ids, model, options)
+            routing = options.routing()
             sampling = _sampling_options(model, options)
             for seed in seeds:
                 request = GenerateRequest(
@@ -83,6 +84,7 @@ class Preparation:
                     sampling_options=sampling if seed is None else {**sampling, "seed": seed},
                     eos_token_ids=list(model.eos_token_ids),
                 )
+                request |= routing  # type: ignore[typeddict-item]
                 if options.wanted_logprobs is not None:
                     request["output_options"] = {"logprobs": options.wanted_logprobs}
                 requests.append(request)

@@ -85,6 +85,9 @@ class OutputOptions(TypedDict, total=False):
 class GenerateRequest(TypedDict):
     """A request to a worker's `generate` endpoint.
 
+    Blocks of KV cache are shared only by requests with the same `cache_salt`, or without one. `priority` is
+    for the engine's scheduler; its sign is the engine's. A request with a `backend_instance_id` goes to that
+    instance; `router_config_override` has weights of the KV-aware router for this request.
     `dp_rank` is the data-parallel rank that has to answer it; without it, the worker chooses one.
     `answered_count` says that this many tokens at the end of `token_ids` are the beginning of the answer,
     given by a worker that was lost: `stop_conditions` count from there on.
@@ -96,6 +99,10 @@ class GenerateRequest(TypedDict):
     sampling_options: SamplingOptions
     eos_token_ids: list[int]
     output_options: NotRequired[OutputOptions]
+    cache_salt: NotRequired[str]
+    priority: NotRequired[int]
+    backend_instance_id: NotRequired[int]
+    router_config_override: NotRequired[dict[str, float]]
     annotations: NotRequired[list[str]]
     dp_rank: NotRequired[int]
     answered_count: NotRequired[int]

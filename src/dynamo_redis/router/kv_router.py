@@ -408,7 +408,9 @@ class KvRouter:
         return RoutingRequest(
             # Not the request's own id: a client may send two with the same.
             request_id=f"{next(self._ids):x}",
-            hashes=block_hashes(token_ids, self.block_size, request.get("lora_name")),
+            hashes=block_hashes(
+                token_ids, self.block_size, request.get("lora_name"), request.get("cache_salt")
+            ),
             token_count=len(token_ids),
             deadline=deadline if deadline is not None else SYSTEM_CLOCK.monotonic() + BOOKING_S,
             among=among,

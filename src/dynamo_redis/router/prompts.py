@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dynamo_redis.errors import InvalidRequest
-from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed
+from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed, salted_seed
 from dynamo_redis.router.base import CostWeights
 
 OVERRIDE = "router_config_override"
@@ -31,11 +31,20 @@ def token_ids_of(request: Any) -> Sequence[int]:
     return token_ids
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, lora_name: str | None = None) -> list[int]:
+def block_hashes(
+    token_ids: Sequence[int],
+    block_size: int,
+    lora_name: str | None = None,
+    cache_salt: str | None = None,
+) -> list[int]:
     """Return the sequence hashes of a prompt's whole blocks. Raises InvalidRequest for wrong token ids."""
     if lora_name is not None and not isinstance(lora_name, str):
         raise InvalidRequest("lora_name must be a string")
     seed = SEED if lora_name is None else lora_seed(lora_name)
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise InvalidRequest("cache_salt must be a string")
+    if cache_salt:
+        seed = salted_seed(cache_salt, seed)
     try:
         return chain(local_hashes(token_ids, block_size, seed=seed), seed=seed)
     except (TypeError, OverflowError) as exc:

@@ -33,7 +33,7 @@ from typing import Generic, Literal, TypeVar
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.mock.kv_cache import BlockCache, BlockTable
 from dynamo_redis.errors import Overloaded
-from dynamo_redis.events.block_hashes import chain, local_hashes
+from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, salted_seed
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -219,8 +219,10 @@ class Batch(Generic[S]):
         block_size, hashes, tokens = self.cache.block_size, sequence.hashes, sequence.tokens
         first, end = len(sequence.blocks.stored), sequence.computed_count // block_size
         if len(hashes) < end:
-            fresh = local_hashes(tokens[len(hashes) * block_size : end * block_size], block_size)
-            hashes.extend(chain(fresh, hashes[-1] if hashes else None))
+            salt = sequence.blocks.cache_salt
+            seed = salted_seed(salt) if salt else SEED
+            fresh = local_hashes(tokens[len(hashes) * block_size : end * block_size], block_size, seed=seed)
+            hashes.extend(chain(fresh, hashes[-1] if hashes else None, seed=seed))
         self.cache.store(sequence.blocks, hashes[first:end], tokens[first * block_size : end * block_size])
         self._measure(sequence)
 

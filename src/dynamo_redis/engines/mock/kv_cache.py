@@ -25,6 +25,8 @@ class BlockTable:
 
     stored: list[int] = field(default_factory=list)
     private_count: int = 0
+    cache_salt: str | None = None
+    """Only sequences with the same salt have the same hashes."""
 
     @property
     def block_count(self) -> int:
@@ -128,7 +130,7 @@ class BlockCache:
             self.release_count += 1
         if new:
             tokens = token_ids[known_count * self.block_size :] if known_count else token_ids
-            self.events(BlocksStored(new, parent, tokens, self.block_size))
+            self.events(BlocksStored(new, parent, tokens, self.block_size, table.cache_salt))
 
     def release(self, table: BlockTable) -> None:
         """Empty a table; its stored blocks that no other sequence holds become idle."""

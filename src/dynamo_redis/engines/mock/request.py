@@ -10,10 +10,11 @@ from typing import Any, Final
 from xxhash import xxh3_64_intdigest
 
 from dynamo_redis.config import MockEngineSettings
+from dynamo_redis.engines.mock.kv_cache import BlockTable
 from dynamo_redis.engines.mock.rank import StreamedSequence
 from dynamo_redis.engines.text import Phrasebook
 from dynamo_redis.errors import InvalidRequest
-from dynamo_redis.events.block_hashes import chain, local_hashes
+from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, salted_seed
 from dynamo_redis.models.llm_protocol import GUIDED_BY
 
 _REFUSED_OPTIONS: Final = ("guided_decoding", "logit_bias", "allowed_token_ids", "bad_words")
@@ -49,6 +50,10 @@ def read_request(
             raise InvalidRequest(
                 f"the mock engine has no model, and cannot hold an answer to {name!r}{asked}"
             )
+    salt = request.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise InvalidRequest("cache_salt must be a string that is not empty")
+    seed_of_blocks = salted_seed(salt) if salt else SEED
     wants_logprobs = output.get("logprobs") is not None
     answered_count = _integer(request, "answered_count", default=0, least=0)
     if answered_count >= len(prompt):
@@ -66,7 +71,8 @@ def read_request(
     return StreamedSequence(
         tokens=prompt,
         prompt_count=len(prompt),
-        hashes=chain(local_hashes(prompt, settings.block_size)),
+        hashes=chain(local_hashes(prompt, settings.block_size, seed=seed_of_blocks), seed=seed_of_blocks),
+        blocks=BlockTable(cache_salt=salt),
         text=islice(phrasebook.tokens(key), answered_count, None),
         natural_length=room_count if ignore_eos else max(phrasebook.length(key) - answered_count, 0),
         min_tokens=_integer(stop, "min_tokens", default=0, least=0),

@@ -299,7 +299,8 @@ class OpenAIEngine:
         if self._tokens is None:
             raise Draining("the engine is not started")
         reader = CompletionReader(self._tokens, hidden_stop_ids(request), token_limit(request))
-        if self.relay is not None and not isinstance(prompt, str):
+        # The engine reports blocks with a salt by hashes that no prompt shows.
+        if self.relay is not None and not isinstance(prompt, str) and not request.get("cache_salt"):
             for publisher in self._publishers:
                 if dp_rank is None or publisher.dp_rank == dp_rank:
                     publisher.note_prompt(prompt)

@@ -7,11 +7,16 @@ is sent under the server's name for it, or refused with its name; none is droppe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from dynamo_redis.engines.openai.dialects import NEUTRAL, OPTION_NAMES, RENAMED, Dialect, unknown_option
 from dynamo_redis.engines.openai.guided import guided_fields
 from dynamo_redis.errors import InvalidRequest
+
+_CACHE_FIELDS: Final[Mapping[Dialect, tuple[str, ...]]] = {
+    "vllm": ("cache_salt", "priority"),
+    "sglang": ("cache_salt", "priority"),
+}
 
 
 def completion_body(
@@ -57,6 +62,7 @@ def completion_body(
             raise InvalidRequest(f"guided_decoding must be an object, not {type(guided).__name__}")
         body |= guided_fields(guided, dialect)
     body |= _output_fields(_options(request, "output_options"), dialect)
+    body |= _cache_fields(request, dialect)
     if "max_tokens" not in body and token_room is not None:
         # SGLang refuses an answer that would fill its context to the last token.
         body["max_tokens"] = max(1, token_room - (dialect == "sglang"))
@@ -77,6 +83,15 @@ def _output_fields(output: Mapping[str, Any], dialect: Dialect) -> dict[str, Any
     if dialect != "vllm":
         raise unknown_option("logprobs", dialect)
     return {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+
+
+def _cache_fields(request: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
+    """Return the fields for cache and scheduler. Raises InvalidRequest for servers without them."""
+    fields = {name: request[name] for name in ("cache_salt", "priority") if request.get(name)}
+    for name in fields:
+        if name not in _CACHE_FIELDS.get(dialect, ()):
+            raise unknown_option(name, dialect)
+    return fields
 
 
 def _options(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -16,12 +16,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from dynamo_redis.config import MockEngineSettings
-from dynamo_redis.engines.base import AllBlocksCleared, Engine, KvEvent, KvEventSink
+from dynamo_redis.engines.base import AllBlocksCleared, Engine, KvEvent, KvEventSink, report_to
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError, Overloaded
+from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.models.directory import ModelDirectory, ModelFile
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
+from dynamo_redis.router.prompts import block_hashes
 
 EOS = 2
 
@@ -163,6 +165,25 @@ async def test_first_item_has_the_cached_tokens(running: StartEngine) -> None:
     assert [item.get("cached_tokens") for item in first] == [0, None, None]
     assert again[0]["cached_tokens"] == 48
     assert longer[0]["cached_tokens"] == 32
+
+
+async def test_requests_share_blocks_by_salt_only(running: StartEngine) -> None:
+    """The router finds the blocks of a salt by the same names, and those of no other salt."""
+    publisher = KvPublisher(None, block_size=16)
+    prompt = list(range(100, 196))
+    names = {salt: block_hashes(prompt, 16, None, salt) for salt in (None, "one", "two")}
+    async with running(kv_events=report_to(publisher), block_size=16) as engine:
+        for salt, others in ((None, ("one", "two")), ("one", ("two",)), ("two", ())):
+            request: Any = _request(prompt, max_tokens=1)
+            if salt is not None:
+                request["cache_salt"] = salt
+            items = [await _items(engine, request) for _ in range(2)]
+            assert [each[0]["cached_tokens"] for each in items] == [0, 80]
+            held = set(publisher.blocks())
+            assert held.issuperset(names[salt])
+            for other in others:
+                assert held.isdisjoint(names[other])
+    assert len({name for each in names.values() for name in each}) == 18
 
 
 async def test_empty_answer_has_the_cached_tokens(running: StartEngine) -> None:
