@@ -40,10 +40,11 @@ class Copies:
         """Put so many copies. `is_ready` is called with the number of each, from 0."""
         for begin in range(0, count, _AT_A_TIME):
             numbers = range(begin, min(begin + _AT_A_TIME, count))
-            await asyncio.gather(*(self.put_one(number, is_ready=is_ready(number)) for number in numbers))
+            await asyncio.gather(*(self.put_record(number, is_ready=is_ready(number)) for number in numbers))
+            await asyncio.gather(*(self._put_card(number) for number in numbers))
 
-    async def put_one(self, number: int, *, is_ready: bool) -> None:
-        """Put or replace a copy."""
+    async def put_record(self, number: int, *, is_ready: bool) -> None:
+        """Put or replace the record of a copy."""
         copy_id = f"{_FIRST_ID + number:x}"
         subject = self._record_key.removeprefix(INSTANCES).rpartition("/")[0]
         copy: dict[str, Any] = {
@@ -54,4 +55,7 @@ class Copies:
             "ready": is_ready,
         }
         await self._registry.put(self._record_key.replace(self._own_id, copy_id), json.dumps(copy).encode())
+
+    async def _put_card(self, number: int) -> None:
+        copy_id = f"{_FIRST_ID + number:x}"
         await self._registry.put(self._card_key.replace(self._own_id, copy_id), self._card)

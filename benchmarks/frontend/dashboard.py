@@ -83,8 +83,12 @@ async def _change(copies: Copies) -> None:
     while True:
         began_at = time.monotonic()
         changed = [(first + place) % (INSTANCES - WORKERS) for place in range(CHANGES)]
-        await asyncio.gather(*(copies.put_one(number, is_ready=False) for number in changed[: CHANGES // 2]))
-        await asyncio.gather(*(copies.put_one(number, is_ready=True) for number in changed[CHANGES // 2 :]))
+        await asyncio.gather(
+            *(copies.put_record(number, is_ready=False) for number in changed[: CHANGES // 2])
+        )
+        await asyncio.gather(
+            *(copies.put_record(number, is_ready=True) for number in changed[CHANGES // 2 :])
+        )
         first = (first - CHANGES // 2) % (INSTANCES - WORKERS)
         await asyncio.sleep(max(1.0 - (time.monotonic() - began_at), 0.0))
 

@@ -112,6 +112,8 @@ class LiveModels:
         self._rng = random.Random()  # noqa: S311 - spreading load, no secret
         self._supervisor = Supervisor(log, "the models")
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="model")
+        self.version = 0
+        """A number that grows when cards come, change or go, and with each model that is loaded."""
         self.first_state = asyncio.Event()
         """Set once the cards at the start are known."""
 
@@ -316,6 +318,7 @@ class LiveModels:
 
         An instance without a card is not chosen: it may be about to announce another model.
         """
+        self.version += 1
         for name in names:
             named = self._models[name]
             if named.cards:

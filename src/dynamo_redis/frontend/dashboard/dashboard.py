@@ -18,18 +18,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dynamo_redis.frontend.admission import Admission
 from dynamo_redis.frontend.dashboard.broadcast import MOST_VIEWERS, Broadcast
-from dynamo_redis.frontend.dashboard.page_state import Assembler, InstanceView, State
+from dynamo_redis.frontend.dashboard.catalogue import Catalogue
+from dynamo_redis.frontend.dashboard.page_state import Assembler, State
 from dynamo_redis.frontend.dashboard.problems import ModelView
 from dynamo_redis.frontend.dashboard.reading import ProcessReading, WorkerBlocks, read_process
-from dynamo_redis.frontend.dashboard.recorder import Recorder, name_of
+from dynamo_redis.frontend.dashboard.recorder import Recorder
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.siblings import ask_siblings
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics
 from dynamo_redis.frontend.model import NamedModel
 from dynamo_redis.frontend.models import LiveModels
-from dynamo_redis.names import format_instance_id
-from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Registry
 from dynamo_redis.supervision import Supervisor
 
@@ -80,6 +79,7 @@ class Dashboard:
         self._siblings = siblings
         self._recorder = Recorder(models, registry)
         self._admission: Admission | None = None
+        self._catalogue = Catalogue(models)
         self._assembler = Assembler()
         self._broadcast = Broadcast(self._sample)
         self._supervisor = Supervisor(log, "the dashboard's events")
@@ -156,17 +156,13 @@ class Dashboard:
         since = max(int(now) - self._assembler.needs_since, 0)
         others, silent = await self._ask_siblings(since)
         own, blocks = self._read(since)
+        await asyncio.sleep(0)  # requests take their turns between the parts of this work
         processes = [own, *others]
-        known = self._models.known()
-        total_blocks, instances = self._views(known)
+        models = [self._model_view(model, processes) for model in self._models.known()]
+        instances = self._catalogue.views(self._recorder)
+        await asyncio.sleep(0)
         return self._assembler.state(
-            now,
-            processes,
-            [self._model_view(model, processes) for model in known],
-            instances,
-            blocks,
-            total_blocks,
-            silent,
+            now, processes, models, instances, blocks, self._catalogue.cards(), silent
         )
 
     async def _ask_siblings(self, since: int) -> tuple[list[ProcessReading], list[str]]:
@@ -182,25 +178,6 @@ class Dashboard:
                 silent.append(process)
         return readings, silent
 
-    def _views(self, known: list[NamedModel]) -> tuple[dict[str, int], dict[str, InstanceView]]:
-        """Return all instances, and the KV blocks of those whose cards have their number."""
-        total_blocks: dict[str, int] = {}
-        served: dict[str, list[str]] = {}
-        for model in known:
-            for entry in model.cards.values():
-                name = f"{entry.endpoint}/{format_instance_id(entry.instance_id)}"
-                served.setdefault(name, []).append(model.name)
-                config = entry.card.runtime_config
-                if config.total_kv_blocks:
-                    total_blocks[name] = config.total_kv_blocks * (config.data_parallel_size or 1)
-        instances = dict(self._recorder.instances)
-        for member in (*self._recorder.members(), *self._recorder.draining.values()):
-            instances.setdefault(name_of(member.instance), member.instance)
-        return total_blocks, {
-            name: _instance_view(instance, ", ".join(served.get(name, ())))
-            for name, instance in instances.items()
-        }
-
     def _model_view(self, model: NamedModel, processes: list[ProcessReading]) -> ModelView:
         loaded = model.loaded()
         counts = [process.models.get(model.name, (0, 0)) for process in processes]
@@ -210,10 +187,10 @@ class Dashboard:
             is_served=bool(loaded),
             context_length=model.context_length if loaded else None,
             instance_count=len(model.cards),
-            reachable_count=len(model.instances()),
+            reachable_count=0,  # counted from the states of the instances
             in_flight_count=sum(in_flight for in_flight, _ in counts),
             queued_count=sum(queued for _, queued in counts),
-            version_count=len(model.by_source()),
+            version_count=self._catalogue.version_count(model),
             failure=failures[-1] if failures else None,
         )
 
@@ -256,13 +233,3 @@ class _Stream:
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _instance_view(instance: Instance, models: str) -> InstanceView:
-    return InstanceView(
-        endpoint=str(instance.name),
-        instance_id=format_instance_id(instance.instance_id),
-        models=models,
-        address=", ".join(instance.addresses.values()),
-        started_at=round(instance.started_at),
-    )

@@ -28,6 +28,8 @@ _PARTS: Final = (0.5, 0.9, 0.99)
 _TABLES: Final = ("who", "loads", "points", "events")
 _LISTS: Final = ("models", "routers", "processes")
 
+_UNREACHABLE: Final = frozenset({"down", "not ready", "draining", "registered"})
+
 State = dict[str, Any]
 
 
@@ -39,6 +41,13 @@ class InstanceView(NamedTuple):
     models: str
     address: str
     started_at: float
+
+
+class CardFacts(NamedTuple):
+    """What the model cards say of an instance: the models that it serves, and the blocks of its KV cache."""
+
+    models: tuple[str, ...]
+    total_blocks: int | None
 
 
 class Assembler:
@@ -61,7 +70,7 @@ class Assembler:
         models: Sequence[ModelView],
         instances: Mapping[str, InstanceView],
         blocks: Mapping[str, WorkerBlocks],
-        total_blocks: Mapping[str, int],
+        cards: Mapping[str, CardFacts],
         silent_processes: Sequence[str] = (),
     ) -> State:
         """Return the state. The first of the processes is the one that makes the page: instances and the
@@ -69,11 +78,9 @@ class Assembler:
         at = int(now)
         self._take_seconds(processes, at)
         members = _joined_members(processes)
-        loads = {
-            name: _load(view, members.get(name), blocks.get(name), total_blocks.get(name))
-            for name, view in instances.items()
-        }
+        loads = {name: _load(cards.get(name), members.get(name), blocks.get(name)) for name in instances}
         states: Counter[InstanceState] = Counter(load[0] for load in loads.values())
+        models = _with_reachable(models, loads, cards)
         routers = [router for process in processes for router in process.routers]
         minute = self._sum(at - 1 - LATENCY_S, at - 1)
         problems = find_problems(
@@ -148,6 +155,8 @@ def difference(before: State, now: State) -> State:
     change |= {name: now[name] for name in _LISTS if now[name] != before[name]}
     for name in _TABLES:
         old, new = before[name], now[name]
+        if old is new:
+            continue
         rows = {key: row for key, row in new.items() if old.get(key) != row}
         gone = [key for key in old if key not in new]
         if rows or gone:
@@ -168,16 +177,28 @@ def _joined_members(processes: Iterable[ProcessReading]) -> dict[str, tuple[Inst
 
 
 def _load(
-    view: InstanceView,
+    card: CardFacts | None,
     member: tuple[InstanceState, int] | None,
     blocks: WorkerBlocks | None,
-    total_blocks: int | None,
 ) -> list[Any]:
     """Return the changing part of an instance: state, requests, used and all blocks, cached blocks."""
-    state, count = member or ("serving" if view.models else "registered", 0)
+    state, count = member or ("registered" if card is None else "serving", 0)
+    total_blocks = None if card is None else card.total_blocks
     if blocks is None:
         return [state, count, None, total_blocks, None]
     return [state, max(count, blocks.requests), blocks.used, total_blocks, blocks.cached]
+
+
+def _with_reachable(
+    models: Iterable[ModelView], loads: Mapping[str, list[Any]], cards: Mapping[str, CardFacts]
+) -> list[ModelView]:
+    """Return the models with the numbers of their instances that requests may go to."""
+    counts: Counter[str] = Counter()
+    for name, facts in cards.items():
+        if name in loads and loads[name][0] not in _UNREACHABLE:
+            for model in facts.models:
+                counts[model] += 1
+    return [model._replace(reachable_count=counts[model.name]) for model in models]
 
 
 def _joined_events(processes: Sequence[ProcessReading]) -> dict[str, list[Any]]:

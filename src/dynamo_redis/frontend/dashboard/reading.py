@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Iterable
+from operator import add
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
 from dynamo_redis.frontend.admission import Admission
 from dynamo_redis.frontend.dashboard.event_log import Event
-from dynamo_redis.frontend.dashboard.recorder import Recorder, name_of
+from dynamo_redis.frontend.dashboard.recorder import Recorder
 from dynamo_redis.frontend.dashboard.seconds import Second
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.routing import router_of
@@ -28,7 +30,6 @@ STATES: tuple[InstanceState, ...] = (
 )  # fmt: skip
 
 _SHOWN: dict[State, InstanceState] = {
-    State.UP: "serving",
     State.QUIET: "silent",
     State.EJECTED: "failing",
     State.SUSPECT: "suspect",
@@ -69,12 +70,12 @@ class RouterReading(BaseModel):
         )
 
 
-class WorkerBlocks(BaseModel):
+class WorkerBlocks(NamedTuple):
     """An instance's load by the bookings of all routers, and its blocks that the router knows."""
 
-    requests: int = 0
-    used: int = 0
-    cached: int = 0
+    requests: int
+    used: int
+    cached: int
 
 
 class ProcessReading(BaseModel):
@@ -116,31 +117,37 @@ def read_process(
         seconds=recorder.history.since(since),
         events=list(recorder.events),
     )
+    return reading, _read_blocks(states)
+
+
+def _read_blocks(states: Iterable[RouterState]) -> dict[str, WorkerBlocks]:
+    """Return the load of each instance: that of its ranks together."""
     blocks: dict[str, WorkerBlocks] = {}
     for state in states:
         for worker in state.workers:
-            known = blocks.setdefault(f"{state.endpoint}/{worker['instance_id']:x}", WorkerBlocks())
-            known.requests += worker["request_count"]
-            known.used += worker["blocks"]
-            known.cached += worker["cached_blocks"]
-    return reading, blocks
+            name = f"{state.endpoint}/{worker['instance_id']:x}"
+            load = WorkerBlocks(worker["request_count"], worker["blocks"], worker["cached_blocks"])
+            known = blocks.get(name)
+            blocks[name] = load if known is None else WorkerBlocks(*map(add, known, load))
+    return blocks
 
 
 def _read_members(recorder: Recorder, busy: set[str]) -> dict[str, tuple[InstanceState, int]]:
     members: dict[str, tuple[InstanceState, int]] = {
         name: ("draining", member.in_flight) for name, member in recorder.draining.items()
     }
-    for member in recorder.members():
+    for member, name in recorder.members().items():
         state = _state_of(member)
-        if state != "serving" or member.in_flight or busy:
-            name = name_of(member.instance)
-            members[name] = ("busy" if state == "serving" and name in busy else state, member.in_flight)
+        if state == "serving" and name in busy:
+            state = "busy"
+        if state != "serving" or member.in_flight:
+            members[name] = state, member.in_flight
     return members
 
 
 def _state_of(member: Member) -> InstanceState:
-    if member.state is State.UP and not member.instance.ready:
-        return "not ready"
+    if member.state is State.UP:
+        return "serving" if member.instance.ready else "not ready"
     return _SHOWN[member.state]
 
 

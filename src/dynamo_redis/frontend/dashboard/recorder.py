@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from typing import Final
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
@@ -60,7 +59,7 @@ class Recorder:
         self.clock = clock
         self._is_first_batch = True
         self._keys: dict[str, str] = {}  # key in the registry → name
-        self._members: set[Member] = set()
+        self._named: dict[Member, str] = {}
         self._troubled: dict[str, tuple[State, str]] = {}  # name → state, endpoint
         self._served: set[str] | None = None
         self._totals = Totals()
@@ -125,10 +124,14 @@ class Recorder:
                 self.events.add(now, kind, "", count)
         self._totals, self._rejected_count = totals, rejected_count
 
-    def members(self) -> Iterator[Member]:
-        """Iterate over the instances that requests of this process may go to, in any state."""
-        for client in self._models.clients():
-            yield from client.members()
+    def members(self) -> dict[Member, str]:
+        """Return the instances that requests of this process may go to, in any state, with their names."""
+        known = self._named
+        return {
+            member: known.get(member) or name_of(member.instance)
+            for client in self._models.clients()
+            for member in client.members()
+        }
 
     def _note_redis(self, now: float) -> None:
         registry = self._registry
@@ -157,17 +160,17 @@ class Recorder:
             self._served = served
 
     def _note_members(self, now: float) -> None:
-        members = set(self.members())
-        for member in self._members - members:
+        members = self.members()
+        for member in self._named.keys() - members.keys():
             if member.in_flight:
-                self.draining[name_of(member.instance)] = member
-        self._members = members
+                self.draining[self._named[member]] = member
+        self._named = members
         for name, member in list(self.draining.items()):
             if not member.in_flight:
                 del self.draining[name]
         troubled: dict[str, tuple[State, str]] = {
-            name_of(member.instance): (member.state, str(member.instance.name))
-            for member in members
+            name: (member.state, str(member.instance.name))
+            for member, name in members.items()
             if member.state is not State.UP
         }
         for name, (state, endpoint) in troubled.items():

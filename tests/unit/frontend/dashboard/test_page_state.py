@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.frontend.dashboard.event_log import Event
-from dynamo_redis.frontend.dashboard.page_state import Assembler, InstanceView, State, difference
+from dynamo_redis.frontend.dashboard.page_state import Assembler, CardFacts, InstanceView, State, difference
 from dynamo_redis.frontend.dashboard.problems import ModelView
 from dynamo_redis.frontend.dashboard.reading import ProcessReading, RouterReading, WorkerBlocks
 from dynamo_redis.frontend.dashboard.seconds import TIMES, Second
@@ -15,7 +15,8 @@ from dynamo_redis.frontend.dashboard.seconds import TIMES, Second
 NOW = 1000.0
 NAMES = ("a.b.c/1", "a.b.c/2")
 VIEWS = {name: InstanceView("a.b.c", name[-1], "demo", "10.0.0.1:1", 900.0) for name in NAMES}
-MODEL = ModelView("demo", True, 4096, 2, 2, 0, 0, 1, None)
+CARDS = {name: CardFacts(("demo",), 200 if name == NAMES[0] else None) for name in NAMES}
+MODEL = ModelView("demo", True, 4096, 2, 0, 0, 0, 1, None)
 
 
 def process(pid: int = 1, **fields: Any) -> ProcessReading:
@@ -26,11 +27,10 @@ def state_of(
     *processes: ProcessReading,
     models: tuple[ModelView, ...] = (MODEL,),
     blocks: dict[str, WorkerBlocks] | None = None,
+    cards: dict[str, CardFacts] = CARDS,
     silent: tuple[str, ...] = (),
 ) -> State:
-    return Assembler().state(
-        NOW, processes or (process(),), models, VIEWS, blocks or {}, {"a.b.c/1": 200}, silent
-    )
+    return Assembler().state(NOW, processes or (process(),), models, VIEWS, blocks or {}, cards, silent)
 
 
 def counted(at: int, requests: int) -> Second:
@@ -74,7 +74,7 @@ def test_late_counts_of_a_process_are_taken() -> None:
     assembler = Assembler()
 
     def taken(now: float, *processes: ProcessReading) -> State:
-        return assembler.state(now, processes, (MODEL,), VIEWS, {}, {})
+        return assembler.state(now, processes, (MODEL,), VIEWS, {}, CARDS)
 
     taken(NOW, process(1, seconds=[counted(1000, 1)]))
     later = taken(NOW + 1, process(1, seconds=[counted(1000, 1)]), process(2, seconds=[counted(1000, 4)]))
@@ -87,7 +87,7 @@ def test_late_counts_of_a_process_are_taken() -> None:
     [
         ({}, "ok", "Serving", None),
         ({"models": ()}, "bad", "Not serving", "No model is registered"),
-        ({"models": (MODEL._replace(reachable_count=0),)}, "bad", "Not serving", "No instance of model demo"),
+        ({"cards": {}}, "bad", "Not serving", "No instance of model demo"),
         (
             {"models": (MODEL, MODEL._replace(name="new", is_served=False, failure="no tokenizer"))},
             "bad", "Serving, with failures", "Model new cannot be loaded",
@@ -97,7 +97,7 @@ def test_late_counts_of_a_process_are_taken() -> None:
         ({"members": {"a.b.c/1": ("failing", 0)}}, "warn", "Serving, with warnings", "1 instance is failing"),
         (
             {"members": dict.fromkeys(NAMES, ("down", 0))},
-            "bad", "Serving, with failures", "2 instances are not answering",
+            "bad", "Not serving", "No instance of model demo",
         ),
         ({"members": dict.fromkeys(NAMES, ("busy", 9))}, "warn", "Serving, with warnings", "All instances"),
         ({"waiting_count": 2}, "warn", "Serving, with warnings", "2 requests wait for a place"),
@@ -127,7 +127,7 @@ def test_late_counts_of_a_process_are_taken() -> None:
 def test_verdict_names_what_is_wrong(
     changed: dict[str, Any], level: str, title: str, words: str | None
 ) -> None:
-    given = {name: changed[name] for name in ("models", "silent") if name in changed}
+    given = {name: changed[name] for name in ("models", "cards", "silent") if name in changed}
     fields = {name: value for name, value in changed.items() if name not in given}
     state = state_of(process(**fields), **given)
     assert state["verdict"][:2] == (level, title)
