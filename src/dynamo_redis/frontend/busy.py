@@ -123,6 +123,7 @@ class ModelThresholds:
         for name, value in {**dict.fromkeys(NAMES), **self._defaults, **given}.items():
             setattr(thresholds, name, value)
         if self.describe(model) != before:
-            shown = ", ".join(f"{name} {value}" for name, value in asdict(thresholds).items())
-            log.info("busy thresholds of model %r: %s", model, shown)
+            values = asdict(thresholds).items()
+            shown = ", ".join(f"{name} {value:g}" for name, value in values if value is not None)
+            log.info("busy thresholds of model %r: %s", model, shown or "none")
             self._on_change(model)
