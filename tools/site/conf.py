@@ -32,6 +32,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
     "Build on it": (
         "docs/http-api",
         "docs/parameters",
+        "docs/tool-calls",
         "docs/kserve",
         "docs/write-your-engine",
         "docs/engines",

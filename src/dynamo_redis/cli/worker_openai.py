@@ -80,6 +80,8 @@ def openai(endpoint: str | None, **options: str | None) -> None:
                 endpoint=str(name),
                 model_name=model_name,
                 migration_limit=model_settings.model_migration_limit,
+                tool_call_parser=model_settings.tool_call_parser,
+                reasoning_parser=model_settings.reasoning_parser,
                 on_ready=announce_ready,
             )
 

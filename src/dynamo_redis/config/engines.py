@@ -5,15 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from dynamo_redis.config.base import Duration, SettingsGroup, setting
+from dynamo_redis.parsers.detection import AUTO
 
 
 def _check_directory(value: object) -> object:
     if isinstance(value, str) and not value.strip():  # a Path of it would be the working directory
         raise ValueError("must name a directory; unset it for the demo model")
     return value
+
+
+def _check_tool_parser(name: str) -> str:
+    from dynamo_redis.parsers.select import check_tool_parser  # few commands need the table
+
+    return check_tool_parser(name)
+
+
+def _check_reasoning_parser(name: str) -> str:
+    from dynamo_redis.parsers.select import check_reasoning_parser
+
+    return check_reasoning_parser(name)
 
 
 class ModelSettings(SettingsGroup):
@@ -39,6 +52,18 @@ class ModelSettings(SettingsGroup):
         0,
         "How often an answer of this model goes on at another worker after its worker was lost, unless the "
         "frontend has a limit of its own (`--migration-limit`).",
+    )
+    tool_call_parser: Annotated[str, AfterValidator(_check_tool_parser)] = setting(
+        "DYN_TOOL_CALL_PARSER",
+        AUTO,
+        "The format of the tool calls in the model's answers: auto (by its chat template), none, hermes, "
+        "llama3_json, mistral, deepseek_v3, pythonic, qwen3_coder, ….",
+    )
+    reasoning_parser: Annotated[str, AfterValidator(_check_reasoning_parser)] = setting(
+        "DYN_REASONING_PARSER",
+        AUTO,
+        "The format of the reasoning in the model's answers: auto (by its chat template), none, basic, "
+        "deepseek_r1, qwen3, granite, mistral, ….",
     )
 
 

@@ -23,6 +23,7 @@ from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
 from dynamo_redis.names import EndpointName
+from dynamo_redis.parsers.detection import AUTO
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.base import Registration
@@ -63,6 +64,8 @@ async def serve_engine(
     model_type: ModelKind | None = None,
     metrics_labels: list[tuple[str, str]] | None = None,
     health_check_payload: dict[str, Any] | None = None,
+    tool_call_parser: str = AUTO,
+    reasoning_parser: str = AUTO,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the engine at `endpoint` (`namespace.component.generate`) until the runtime shuts down.
@@ -89,6 +92,9 @@ async def serve_engine(
         migration_limit: how often an answer may go on at another worker after its worker was lost.
         model_type: the kinds of request; None: all that the model's files allow.
         metrics_labels, health_check_payload: of `generate`, as `Endpoint.serve_endpoint` takes them.
+        tool_call_parser: the format of the tool calls in answers, by Dynamo's name; `auto`: by the model's
+            chat template.
+        reasoning_parser: the format of the reasoning in answers, likewise.
         on_ready: called with a line of text for the user when callers can find the model.
     """
     name = EndpointName.parse(endpoint)
@@ -106,9 +112,12 @@ async def serve_engine(
             health_check_payload=health_check_payload,
         )
         stack.push_async_callback(served.unregister)
-        follower = CardFollower(
-            engine, model, model_name, runtime.settings.events.event_plane, migration_limit, model_type
+        fixed = RuntimeConfig(
+            event_plane=runtime.settings.events.event_plane,
+            tool_call_parser=None if tool_call_parser == AUTO else tool_call_parser,
+            reasoning_parser=None if reasoning_parser == AUTO else reasoning_parser,
         )
+        follower = CardFollower(engine, model, model_name, fixed, migration_limit, model_type)
         card = follower.first_card()
         registration = await publish_model(runtime, name, model, card)
         stack.push_async_callback(runtime.leave, registration)
@@ -171,14 +180,15 @@ class CardFollower:
         engine: Engine,
         model: ModelDirectory,
         model_name: str,
-        event_plane: str,
+        fixed: RuntimeConfig,
         migration_limit: int,
         model_type: ModelKind | None = None,
     ) -> None:
+        """`fixed` has the fields of the card that do not depend on the capacity."""
         self._engine = engine
         self._model = model
         self._model_name = model_name
-        self._event_plane = event_plane
+        self._fixed = fixed
         self._migration_limit = migration_limit
         self._model_type = model_type
         self._published = engine.capacity
@@ -224,11 +234,12 @@ class CardFollower:
             model_type=self._model_type,
             migration_limit=self._migration_limit,
             kv_cache_block_size=capacity.kv_block_size,
-            runtime_config=RuntimeConfig(
-                total_kv_blocks=capacity.total_kv_blocks,
-                max_num_seqs=capacity.max_num_seqs,
-                max_num_batched_tokens=capacity.max_num_batched_tokens,
-                data_parallel_size=capacity.data_parallel_size,
-                event_plane=self._event_plane,
+            runtime_config=self._fixed.model_copy(
+                update={
+                    "total_kv_blocks": capacity.total_kv_blocks,
+                    "max_num_seqs": capacity.max_num_seqs,
+                    "max_num_batched_tokens": capacity.max_num_batched_tokens,
+                    "data_parallel_size": capacity.data_parallel_size,
+                }
             ),
         )

@@ -9,7 +9,7 @@ from typing import Protocol
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.models.llm_protocol import GenerateRequest
-from dynamo_redis.parsers.deltas import CallBegin, Delta
+from dynamo_redis.parsers.deltas import Delta
 from dynamo_redis.planes.context import Context
 
 Part = str | Delta
@@ -18,6 +18,11 @@ Part = str | Delta
 
 class AnswerParser(Protocol):
     """Finds reasoning and tool calls in the text of one answer."""
+
+    @property
+    def has_calls(self) -> bool:
+        """True once the model has called a tool."""
+        ...
 
     def feed(self, text: str) -> list[Delta]:
         """Return the parts that a further text completes."""
@@ -32,7 +37,6 @@ class CompletionChoice:
     """One choice of a completion: its request, and the part of the answer that has arrived."""
 
     __slots__ = (
-        "_has_calls",
         "_make_parser",
         "answer",
         "begun",
@@ -71,7 +75,6 @@ class CompletionChoice:
         """The parts so far of an answer that is sent whole."""
         self._make_parser = make_parser
         self.parser = None if make_parser is None else make_parser()
-        self._has_calls = False
 
     def parsed(self, texts: list[str]) -> Sequence[Part]:
         """Return the parts that the next texts of the answer complete."""
@@ -83,14 +86,13 @@ class CompletionChoice:
         deltas = [delta for text in texts for delta in self.parser.feed(text)]
         if is_over:
             deltas += self.parser.finish()
-        self._has_calls = self._has_calls or any(isinstance(delta, CallBegin) for delta in deltas)
         return deltas
 
     @property
     def finish_reason(self) -> str | None:
         """The finish reason; `tool_calls` if the model has ended its answer by calling tools."""
         reason = self.answer.finish_reason
-        return "tool_calls" if self._has_calls and reason == "stop" else reason
+        return "tool_calls" if reason == "stop" and self.parser and self.parser.has_calls else reason
 
     def restart(self) -> None:
         """Forget the answer so far: another worker answers from the beginning."""
@@ -100,7 +102,6 @@ class CompletionChoice:
         if self.migration is not None:
             self.migration.restart()
         self.parser = None if self._make_parser is None else self._make_parser()
-        self._has_calls = False
 
 
 @dataclass(frozen=True, slots=True)

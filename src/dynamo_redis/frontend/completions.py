@@ -211,12 +211,13 @@ class Completions:
             decoders = [
                 partial(EchoingDecoder, tokenizer.decode(request["token_ids"])) for request in requests
             ]
+        parsed = model.loaded.parsing.of_request(body)
         choices = [
             CompletionChoice(
                 index,
                 request,
                 decoder(
-                    tokenizer.detokenizer(),
+                    tokenizer.detokenizer(parsed.shown),
                     body.stops,
                     keeps_stop=body.keeps_stops,
                     keeps_tokens=limit > 0,
@@ -226,6 +227,7 @@ class Completions:
                 ),
                 context,
                 Migration(request, limit, max_length) if limit else None,
+                parsed.maker(tokenizer, request["token_ids"]),
             )
             for index, (request, context, decoder) in enumerate(
                 zip(requests, contexts, decoders, strict=True)

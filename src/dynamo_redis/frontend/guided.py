@@ -135,7 +135,7 @@ def _check_further(known: Parameters, given: Mapping[str, Any], fields: Sequence
 # --------------------------------------------------------------------------- checks
 
 
-def _object(value: object, param: str) -> dict[str, Any]:
+def json_object(value: object, param: str) -> dict[str, Any]:
     """Return a JSON object, given as such or as its text. Raises ApiError."""
     if isinstance(value, str):
         try:
@@ -167,10 +167,10 @@ def _choices(value: object, param: str) -> list[str]:
 
 
 _CHECKS: Final[Mapping[str, Callable[[object, str], Any]]] = {
-    "json": _object,
+    "json": json_object,
     "regex": _text,
     "choice": _choices,
     "grammar": _text,
-    "structural_tag": _object,
+    "structural_tag": json_object,
     "whitespace_pattern": _text,
 }

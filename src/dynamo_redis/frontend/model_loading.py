@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, ModelError
+from dynamo_redis.frontend.parsing import PLAIN, Parsing
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.card import ModelCard
 from dynamo_redis.models.chat_template import ChatTemplate
@@ -32,6 +33,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     context_length: int
     completes_text: bool = True
+    parsing: Parsing = PLAIN
     read_tokenizer: Callable[[], bytes] | None = None
     """Reads the tokenizer's file again. Blocks. Raises ModelError."""
 
@@ -96,5 +98,6 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
         eos_token_ids=files.eos_token_ids,
         context_length=files.context_length,
         completes_text=card.model_type != "chat",
+        parsing=Parsing.of(card, files.chat_templates),
         read_tokenizer=files.read_tokenizer,
     )

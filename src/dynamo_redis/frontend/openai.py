@@ -25,6 +25,8 @@ from dynamo_redis.frontend.options import (
     twice,
 )
 from dynamo_redis.frontend.parameters import unsupported
+from dynamo_redis.frontend.tool_choice import check_tool_choice, guided_calls
+from dynamo_redis.models.llm_protocol import SamplingOptions
 
 MAX_PROMPTS = 256
 
@@ -121,6 +123,7 @@ class ChatBody(CompletionOptions):
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    separate_reasoning: bool | None = None
     reasoning_effort: Effort | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
@@ -129,13 +132,10 @@ class ChatBody(CompletionOptions):
 
     def refuse_unsupported(self) -> None:
         """See `CompletionOptions`."""
+        check_tool_choice(self.tool_choice, self.tools)
         super().refuse_unsupported()
-        if self.tool_choice not in (None, "auto", "none"):
-            raise unsupported("tool_choice", "only 'auto' and 'none' can be served")
         if self.top_logprobs and not self.logprobs:
             raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
-        if self.tools and self.parallel_tool_calls is False:
-            raise unsupported("parallel_tool_calls", "a model cannot be limited to one call")
         variables = self.chat_template_kwargs or {}
         for name in _NO_VARIABLES:
             if name in variables:
@@ -153,6 +153,16 @@ class ChatBody(CompletionOptions):
                     f"Missing content of a message whose role is {message['role']!r}.",
                     f"messages[{index}].content",
                 )
+
+    def _read_sampling(self) -> SamplingOptions:
+        """See `CompletionOptions`. A tool that has to be called is a form of the answer."""
+        options = super()._read_sampling()
+        guided = guided_calls(self.tool_choice, self.tools, one=self.parallel_tool_calls is False)
+        if guided is not None:
+            if "guided_decoding" in options:
+                raise invalid("An answer that has to call a tool has no other form.", "tool_choice")
+            options["guided_decoding"] = guided
+        return options
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -75,9 +75,9 @@ class Tokenizer:
         special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocabulary_size: int = max(self._tokenizer.get_vocab_size(), 1 + max(added, default=-1))
         self._end_id = self.vocabulary_size + _RESERVED_COUNT
-        self._texts = (
-            TokenTexts(self._tokenizer.id_to_token, special, self._end_id) if is_byte_level(decoder) else None
-        )
+        self._special = {token_id: added[token_id].content for token_id in special}
+        self._is_byte_level = is_byte_level(decoder)
+        self._texts: dict[frozenset[str], TokenTexts] = {}
         self._added_tokens = [token.content for token in added.values()]
         self.special_names = [added[token_id].content for token_id in sorted(special)]
         """The names of the special tokens."""
@@ -158,8 +158,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the text of one token, which need not be whole characters; of a special token, its name."""
         token = self._tokenizer.id_to_token(token_id) or ""
-        if self._texts is not None:
-            text = self._texts[token_id] or token
+        if self._is_byte_level:
+            text = self._texts_with(frozenset())[token_id] or token
             return text if isinstance(text, bytes) else text.encode()
         if found := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(found[1])
@@ -169,11 +169,28 @@ class Tokenizer:
         """Return the id of a token by its exact name, or None."""
         return self._tokenizer.token_to_id(token)
 
-    def detokenizer(self) -> Detokenizer:
-        """Return a new detokenizer for one answer. Special tokens have no text."""
-        if self._texts is not None:
-            return ByteLevelDetokenizer(self._texts)
-        return WindowDetokenizer(self.decode, self._end_id)
+    def detokenizer(self, shown: frozenset[str] = frozenset()) -> Detokenizer:
+        """Return a new detokenizer for one answer. Special tokens have no text, except for the `shown`."""
+        if self._is_byte_level:
+            return ByteLevelDetokenizer(self._texts_with(shown))
+        hidden = self._hidden(shown)
+        if len(hidden) == len(self._special):
+            return WindowDetokenizer(self.decode, self._end_id)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return self.decode([each for each in token_ids if each not in hidden], skip_special_tokens=False)
+
+        return WindowDetokenizer(decode, self._end_id)
+
+    def _texts_with(self, shown: frozenset[str]) -> TokenTexts:
+        texts = self._texts.get(shown)
+        if texts is None:
+            texts = TokenTexts(self._tokenizer.id_to_token, self._hidden(shown), self._end_id)
+            self._texts[shown] = texts
+        return texts
+
+    def _hidden(self, shown: frozenset[str]) -> frozenset[int]:
+        return frozenset(token_id for token_id, name in self._special.items() if name not in shown)
 
 
 @contextmanager

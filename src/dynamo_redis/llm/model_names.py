@@ -75,7 +75,7 @@ class WorkerType(Enum):
 class ModelRuntimeConfig:
     """Sizes and options of a worker's engine. All may be set after it is made.
 
-    The first five go into the model card. The others are Dynamo's and have no effect: `register_model` logs
+    The first seven go into the model card. The others are Dynamo's and have no effect: `register_model` logs
     the names of those that are set.
     """
 
@@ -86,10 +86,12 @@ class ModelRuntimeConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     data_parallel_size: int = 1
+    tool_call_parser: str | None = None
+    """The format of the tool calls in answers; None: by the model's chat template."""
+    reasoning_parser: str | None = None
+    """The format of the reasoning in answers, likewise."""
 
     data_parallel_start_rank: int = 0
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
     tokenizer_backend: str | None = None
     structural_tag: dict[str, Any] | None = None
     exclude_tools_when_tool_choice_none: bool = True
@@ -143,5 +145,7 @@ _WITH_EFFECT = {
     "max_num_seqs",
     "max_num_batched_tokens",
     "data_parallel_size",
+    "tool_call_parser",
+    "reasoning_parser",
     "data_parallel_start_rank",  # any value but 0 is refused
 }

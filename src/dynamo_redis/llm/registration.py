@@ -18,6 +18,7 @@ from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
 from dynamo_redis.names import EndpointName
+from dynamo_redis.parsers.select import check_reasoning_parser, check_tool_parser
 from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -164,6 +165,15 @@ async def _register(
         raise ConfigError(
             f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
         )
+    for field, check in (
+        ("tool_call_parser", check_tool_parser),
+        ("reasoning_parser", check_reasoning_parser),
+    ):
+        if (parser := getattr(config, field)) is not None:
+            try:
+                check(parser)
+            except ValueError as exc:
+                raise ConfigError(f"{field}={parser!r}: {exc}") from None
     try:
         card = make_card(
             model,
@@ -176,6 +186,8 @@ async def _register(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 data_parallel_size=config.data_parallel_size,
                 event_plane=runtime.settings.events.event_plane,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
             ),
         )
     except pydantic.ValidationError as exc:

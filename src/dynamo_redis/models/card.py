@@ -60,7 +60,8 @@ class FileReference(StoredModel):
 
 
 class RuntimeConfig(StoredModel):
-    """The capacity of the worker's engine; of each data-parallel rank, if it has several."""
+    """The capacity of the worker's engine, of each data-parallel rank if it has several, and the form of its
+    answers."""
 
     data_parallel_size: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
     total_kv_blocks: int | None = None
@@ -68,6 +69,10 @@ class RuntimeConfig(StoredModel):
     max_num_batched_tokens: int | None = None
     event_plane: str | None = None
     """The plane of its KV events, `DYN_EVENT_PLANE`."""
+    tool_call_parser: str | None = None
+    """The parser of the tool calls in its answers; None: by the chat template."""
+    reasoning_parser: str | None = None
+    """The parser of the reasoning in its answers; None: by the chat template."""
 
 
 class ModelCard(VersionedModel):
@@ -91,7 +96,10 @@ class ModelCard(VersionedModel):
         """A digest, 16 hex digits, of the fields that a frontend serves by: cards with the same one share a
         model."""
         files = sorted((name, file.sha256) for name, file in self.files.items())
-        content = [self.context_length, self.model_type, self.model_input, files]
+        content: list[object] = [self.context_length, self.model_type, self.model_input, files]
+        parsers = (self.runtime_config.tool_call_parser, self.runtime_config.reasoning_parser)
+        if parsers != (None, None):
+            content += parsers
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def checked_files(self) -> dict[str, FileReference]:

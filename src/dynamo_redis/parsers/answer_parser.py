@@ -91,7 +91,13 @@ class AnswerParser:
     def _run(self) -> Steps[None]:
         reader, calls, tool = self._reader, self._calls, self._tool
         yield
-        if self._reasoning is not None:
+        is_call = False
+        if tool is not None and tool.is_bound:
+            yield from reader.skip_space()
+            character = yield from reader.peek()
+            is_call = bool(character) and character in tool.bare
+            reader.position = reader.mark
+        if self._reasoning is not None and not is_call:
             yield from self._read_reasoning(self._reasoning)
         if tool is None:
             yield from reader.pass_until((), calls.text, makes=Text, withheld=True)

@@ -113,5 +113,7 @@ class ToolFormat:
     """The characters with which an answer begins that is calls without a marker."""
     markers: tuple[str, ...] = ()
     """The further literals, which are tokens of their own in some tokenizers."""
+    is_bound: bool = False
+    """True if the answer is bound to be a call: one that begins so has no reasoning."""
     short_ids: bool = False
     """True if the model's template takes ids of nine letters and digits only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -140,5 +141,5 @@ def chosen_format(own: ToolFormat | None, name: str | None) -> ToolFormat:
             yield from read_arguments(reader, calls, name)
 
     if own is None:
-        return ToolFormat((), read, bare)
-    return ToolFormat(own.begin, read, bare + own.bare, own.markers, own.short_ids)
+        return ToolFormat((), read, bare, is_bound=True)
+    return replace(own, read=read, bare=bare + own.bare, is_bound=True)

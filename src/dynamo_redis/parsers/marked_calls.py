@@ -195,7 +195,7 @@ class _Arguments:
         give = self._calls.arguments
         give(f"{', ' if self._count else '{'}{_json(key)}: ")
         self._count += 1
-        types = _types(self._schemas.get(key))
+        types = parameter_types(self._schemas.get(key))
         if types == {"string"} or not types:
             give('"')
             end = yield from self._reader.pass_until(ends, lambda text: give(_json(text)[1:-1]))
@@ -216,14 +216,19 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _types(schema: Any) -> set[str]:
+def parameter_types(schema: Any) -> set[str]:
     """Return the types that a JSON schema allows; none if it does not say."""
     if not isinstance(schema, Mapping):
         return set()
-    types = schema.get("type", [])
-    found = {types} if isinstance(types, str) else {name for name in types if isinstance(name, str)}
-    for branch in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
-        found |= _types(branch)
+    found: set[str] = set()
+    types = schema.get("type")
+    for name in types if isinstance(types, list) else [types]:
+        if isinstance(name, str):
+            found.add(name)
+    for keyword in ("anyOf", "oneOf"):
+        branches = schema.get(keyword)
+        for branch in branches if isinstance(branches, list) else []:
+            found |= parameter_types(branch)
     return found
 
 

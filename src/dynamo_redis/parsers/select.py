@@ -17,6 +17,22 @@ REASONING_PARSERS = (AUTO, NONE, *sorted(REASONING_FORMATS))
 """The values of `--reasoning-parser`."""
 
 
+def check_tool_parser(name: str) -> str:
+    """Return the name of a tool parser. Raises ValueError, with the known ones."""
+    return _check(name, TOOL_PARSERS)
+
+
+def check_reasoning_parser(name: str) -> str:
+    """Return the name of a reasoning parser. Raises ValueError, with the known ones."""
+    return _check(name, REASONING_PARSERS)
+
+
+def _check(name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise ValueError(f"must be one of {', '.join(known)}")
+    return name
+
+
 def tool_format(name: str | None, template: str) -> ToolFormat | None:
     """Return the format of a tool parser; by the chat template for `auto` and None. Raises KeyError."""
     if name is None or name == AUTO:

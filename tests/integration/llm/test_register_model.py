@@ -74,8 +74,9 @@ async def test_card_has_the_registered_values(
         "total_kv_blocks": 5,
         "max_num_seqs": 3,
         "event_plane": "stream",
+        "tool_call_parser": "hermes",
     }
-    assert [m for m in caplog.messages if "tool_call_parser, runtime_data" in m]
+    assert [m for m in caplog.messages if "ModelRuntimeConfig: runtime_data" in m]
     with pytest.raises(ConfigError, match="has a model already"):
         await register_model(ModelInput.Tokens, BOTH, endpoint, DEMO_MODEL_PATH)
     await unregister_model(endpoint)
@@ -141,6 +142,12 @@ async def test_completions_model_takes_no_chats(deployment: Deployment) -> None:
         ({"needs": [[WorkerType.Prefill]]}, ConfigError, "needs is not supported"),
         ({"runtime_config": ModelRuntimeConfig(data_parallel_start_rank=2)}, ConfigError, "begin at 0"),
         ({"runtime_config": ModelRuntimeConfig(data_parallel_size=0)}, ConfigError, "data_parallel_size"),
+        (
+            {"runtime_config": ModelRuntimeConfig(tool_call_parser="x")},
+            ConfigError,
+            "auto, none, deepseek_v3",
+        ),
+        ({"runtime_config": ModelRuntimeConfig(reasoning_parser="x")}, ConfigError, "auto, none, basic"),
         ({"kv_cache_block_size": -1}, ConfigError, "kv_cache_block_size"),
         ({"model_path": "Qwen/Qwen3-8B"}, ModelError, "nothing is downloaded"),
         ({"custom_template_path": "/nowhere.jinja"}, ModelError, "cannot read /nowhere.jinja"),

@@ -85,3 +85,12 @@ def test_the_page_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("DYN_ENGINE_API_KEY", "sk-very-secret")
     assert rows(capsys)["DYN_ENGINE_API_KEY"]["value"] == "***"
+
+
+def test_unknown_parser_is_refused_with_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["worker", "mock", "--tool-call-parser", "mine"]) == 2
+    error = capsys.readouterr().err
+    assert "--tool-call-parser='mine'" in error
+    assert "must be one of auto, none, deepseek_v3, " in error
+    assert run(["worker", "openai", "--reasoning-parser", "mine"]) == 2
+    assert "must be one of auto, none, basic, " in capsys.readouterr().err

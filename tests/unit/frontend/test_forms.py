@@ -50,9 +50,11 @@ class Words:
 
     def __init__(self) -> None:
         self._rest = ""
+        self.has_calls = False
 
     def feed(self, text: str) -> list[Delta]:
         *words, self._rest = (self._rest + text).split(" ")
+        self.has_calls = self.has_calls or "!" in words
         return [CallBegin(0, "call_1", "shout") if word == "!" else Text(word) for word in words]
 
     def finish(self) -> list[Delta]:

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 
+TOOLS: Any = [{"type": "function", "function": {"name": "f"}}]
+NAMED: Any = {"type": "function", "function": {"name": "f"}}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"model": "m", "prompt": "Hi"}
 
@@ -76,7 +78,17 @@ def refusal(kind: Any, content: bytes | dict[str, Any]) -> ApiError:
         ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"function": {"name": "f"}}], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": NAMED | {"function": {"name": "g"}}}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": 1}}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+        (
+            {"tools": [{"function": {"name": "f", "parameters": 1}}], "tool_choice": "required"},
+            "tools[0].function.parameters",
+        ),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),

@@ -193,6 +193,19 @@ def test_special_tokens_have_no_text_and_no_weight(
     assert len(detokenizer._ids) < 100
 
 
+def test_shown_special_tokens_have_their_text(
+    bytes_tokenizer: Tokenizer, window_tokenizer: Tokenizer
+) -> None:
+    for tokenizer, name in ((bytes_tokenizer, "<|end|>"), (window_tokenizer, "</s>")):
+        end = tokenizer.token_id(name)
+        assert end is not None
+        ids = [*tokenizer.encode("x"), end, *tokenizer.encode("y")]
+        assert tokenizer.detokenizer(frozenset((name, "another"))).feed(ids) == tokenizer.decode(
+            ids, skip_special_tokens=False
+        )
+        assert name not in tokenizer.detokenizer(frozenset(("another",))).feed(ids)
+
+
 def test_a_window_does_not_wait_for_ever(window_tokenizer: Tokenizer) -> None:
     broken = window_tokenizer.token_id("<0xFF>")
     assert broken is not None

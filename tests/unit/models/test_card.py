@@ -39,3 +39,18 @@ def test_unknown_version_is_refused_with_a_remedy() -> None:
 def test_invalid_card_is_refused(stored: bytes) -> None:
     with pytest.raises(InvalidRecord, match="not a model card"):
         ModelCard.from_bytes(stored)
+
+
+def test_parsers_tell_versions_of_a_model_apart() -> None:
+    def fingerprint(**parsers: str) -> str:
+        config = CARD.runtime_config.model_copy(update=parsers)
+        return CARD.model_copy(update={"runtime_config": config}).fingerprint
+
+    assert fingerprint() == CARD.fingerprint
+    found = {
+        fingerprint(),
+        fingerprint(tool_call_parser="x"),
+        fingerprint(reasoning_parser="x"),
+        fingerprint(tool_call_parser="y"),
+    }
+    assert len(found) == 4

@@ -1,9 +1,9 @@
 """The mock engine: it behaves as a GPU engine does, without a GPU.
 
 It has continuous batching and a paged KV cache with prefix reuse, takes as long as a real engine would
-(`batching.py` models both), reports its KV events, and answers in readable text. The answer depends on the
-prompt and the seed alone, not on other requests. Options such as temperature and penalties have no effect on
-it. An option whose violation would show in the answer is refused.
+(`batching.py` models both), reports its KV events, and answers in readable text, or as it is told
+(`scripts.py`). The answer depends on the prompt and the seed alone, not on other requests. Options such as
+temperature and penalties have no effect on it. An option whose violation would show in the answer is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dynamo_redis.engines.base import EngineCapacity, EngineLoad, report_to
 from dynamo_redis.engines.mock.kv_cache import BlockCache
 from dynamo_redis.engines.mock.rank import MockRank
 from dynamo_redis.engines.mock.request import read_request
+from dynamo_redis.engines.mock.scripts import Scripts
 from dynamo_redis.engines.model_tokens import load_tokenizer
 from dynamo_redis.engines.text import Phrasebook
 from dynamo_redis.errors import ConfigError, Draining, InvalidRequest
@@ -48,6 +49,7 @@ class MockEngine:
         self._settings = settings
         self._model = model
         self._phrasebook: Phrasebook | None = None
+        self._scripts: Scripts | None = None
 
     def __repr__(self) -> str:
         caches = ", ".join(repr(rank.cache) for rank in self.ranks)
@@ -80,7 +82,9 @@ class MockEngine:
 
     async def start(self) -> None:
         """Load the tokenizer and start the step loops. Raises ModelError."""
-        self._phrasebook = await anyio.to_thread.run_sync(lambda: Phrasebook(load_tokenizer(self._model)))
+        tokenizer = await anyio.to_thread.run_sync(load_tokenizer, self._model)
+        self._phrasebook = await anyio.to_thread.run_sync(Phrasebook, tokenizer)
+        self._scripts = Scripts(tokenizer)
         for rank in self.ranks:
             rank.start()
 
@@ -133,9 +137,11 @@ class MockEngine:
         A prompt that fills the model's context, or the whole KV cache, raises InvalidRequest. An answer that
         fills either ends with `length`. A stopped request ends with an item `cancelled`.
         """
-        if self._phrasebook is None:
+        if self._phrasebook is None or self._scripts is None:
             raise Draining("the engine is not running")
-        sequence = read_request(request, self._phrasebook, self._settings, self._model.context_length)
+        sequence = read_request(
+            request, self._phrasebook, self._scripts, self._settings, self._model.context_length
+        )
         wanted: object = request.get("dp_rank")
         if wanted is None:
             rank = min(self.ranks, key=lambda each: each.request_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from itertools import chain as chain_tokens
 from itertools import islice
 from typing import Any, Final
 
@@ -12,17 +13,21 @@ from xxhash import xxh3_64_intdigest
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.mock.kv_cache import BlockTable
 from dynamo_redis.engines.mock.rank import StreamedSequence
+from dynamo_redis.engines.mock.scripts import Scripts
 from dynamo_redis.engines.text import Phrasebook
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, salted_seed
-from dynamo_redis.models.llm_protocol import GUIDED_BY
 
-_REFUSED_OPTIONS: Final = ("guided_decoding", "logit_bias", "allowed_token_ids", "bad_words")
+_REFUSED_OPTIONS: Final = ("logit_bias", "allowed_token_ids", "bad_words")
 """Sampling options that restrict the tokens of an answer."""
 
 
 def read_request(
-    request: object, phrasebook: Phrasebook, settings: MockEngineSettings, context_length: int
+    request: object,
+    phrasebook: Phrasebook,
+    scripts: Scripts,
+    settings: MockEngineSettings,
+    context_length: int,
 ) -> StreamedSequence:
     """Return the sequence of a request. Raises InvalidRequest if the request cannot be served."""
     if not isinstance(request, Mapping):
@@ -46,10 +51,7 @@ def read_request(
     output = _mapping(request, "output_options")
     for name in _REFUSED_OPTIONS:
         if sampling.get(name):
-            asked = f" ({GUIDED_BY})" if name == "guided_decoding" else ""
-            raise InvalidRequest(
-                f"the mock engine has no model, and cannot hold an answer to {name!r}{asked}"
-            )
+            raise InvalidRequest(f"the mock engine has no model, and cannot hold an answer to {name!r}")
     salt = request.get("cache_salt")
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise InvalidRequest("cache_salt must be a string that is not empty")
@@ -68,13 +70,17 @@ def read_request(
         stop_ids = eos_ids | frozenset(stop.get("stop_token_ids_hidden") or ())
     except TypeError as exc:
         raise InvalidRequest(f"stop token ids are not a list of token ids: {exc}") from exc
+    text, length = phrasebook.tokens(key), phrasebook.length(key)
+    script = scripts.answer(unanswered, sampling.get("guided_decoding"))
+    if script is not None:
+        text, length = chain_tokens(script, text), len(script)
     return StreamedSequence(
         tokens=prompt,
         prompt_count=len(prompt),
         hashes=chain(local_hashes(prompt, settings.block_size, seed=seed_of_blocks), seed=seed_of_blocks),
         blocks=BlockTable(cache_salt=salt),
-        text=islice(phrasebook.tokens(key), answered_count, None),
-        natural_length=room_count if ignore_eos else max(phrasebook.length(key) - answered_count, 0),
+        text=islice(text, answered_count, None),
+        natural_length=room_count if ignore_eos else max(length - answered_count, 0),
         min_tokens=_integer(stop, "min_tokens", default=0, least=0),
         max_tokens=min(max_tokens, room_count),
         stop_ids=stop_ids,

@@ -16,6 +16,7 @@ from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody
 from dynamo_redis.frontend.responses_body import ResponsesBody
+from dynamo_redis.frontend.tool_choice import typed_function
 from dynamo_redis.templates.protocol import MaskedText, render_job
 
 MOST_OPTIONS_BYTES: Final = 256 << 10
@@ -81,7 +82,7 @@ def pack(job: bytearray) -> bytes:
         options, notes = body.options(), body.notes()
         del body
         source = source_of(options)
-        options = options.model_copy(update=_WITHOUT_SOURCE[type(options)])
+        options = options.model_copy(update=_WITHOUT_SOURCE[type(options)] | _typed_tools(options))
         parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
         parts.insert(0, ("notes", notes))
         del source, notes
@@ -100,6 +101,13 @@ _WITHOUT_SOURCE: Final[dict[type[CompletionOptions], dict[str, Any]]] = {
     ChatBody: {"messages": [], "tools": None, "documents": None, "chat_template_kwargs": None},
     TextBody: {"prompt": ""},
 }
+
+
+def _typed_tools(options: CompletionOptions) -> dict[str, Any]:
+    """Return the tools without all that the parser of the answer does not need."""
+    if not isinstance(options, ChatBody) or not options.tools:
+        return {}
+    return {"tools": [{"function": typed_function(tool["function"])} for tool in options.tools]}
 
 
 def _packed(part: Prompt | bytes) -> tuple[str, bytes]:
