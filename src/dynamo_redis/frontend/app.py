@@ -27,6 +27,7 @@ from dynamo_redis.frontend.dashboard.dashboard import Dashboard
 from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, shutting_down
 from dynamo_redis.frontend.http.request_body import BodyBudget
+from dynamo_redis.frontend.http.responses import send_json
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics
 from dynamo_redis.frontend.metrics.text import FrontendReading, ServedModel, families
 from dynamo_redis.frontend.model import NamedModel
@@ -51,7 +52,8 @@ def make_app(
     dashboard: Dashboard | None = None,
 ) -> ASGIApp:
     """Return the ASGI application. The caller makes and ends its parts. `process_metrics` are shown beside
-    those of the frontend itself. `grpc_apis` are served to scopes of the type `grpc`, by their paths."""
+    those of the frontend itself. `grpc_apis` are served to scopes of the type `grpc`, by their paths.
+    Other calls of gRPC get an empty answer: they pass here for the layers around the application."""
 
     async def list_models(_: Request) -> Response:
         listed = [_describe(model) for model in models.served()]
@@ -116,9 +118,11 @@ def make_app(
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         """Call the completions without the router and its layers, which take part in each write: a tenth of
         the frontend's time."""
-        direct = served.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        direct: ASGIApp | None = (
+            served.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        )
         if scope["type"] == "grpc":
-            direct = calls[scope["path"]]
+            direct = calls.get(scope["path"]) or _accept
         if direct is not None:
             await direct(scope, receive, send)
             return
@@ -141,6 +145,10 @@ def describe_served(model: NamedModel, models: LiveModels) -> ServedModel:
         migration_limit=max((models.migration_limit(version) for version in model.loaded()), default=0),
         instance_count=len(model.instances()),
     )
+
+
+async def _accept(scope: Scope, receive: Receive, send: Send) -> None:
+    await send_json(send, 200, b"")
 
 
 def _describe(model: NamedModel) -> dict[str, Any]:

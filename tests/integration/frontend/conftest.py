@@ -21,7 +21,7 @@ from dynamo_redis.frontend.apis import APIS
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.http.door import Door
 from dynamo_redis.frontend.http.port import bind, url_of
-from dynamo_redis.frontend.http.server import kserve_apis, run_server
+from dynamo_redis.frontend.http.server import kserve_apis, kserve_errors, run_server
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.server import serving_kserve
 from dynamo_redis.frontend.models import LiveModels
@@ -311,7 +311,7 @@ async def _frontend(
     worker = runtime.workers[str(ENDPOINT)] = Worker(ENDPOINT, tokenizer)
     preparation = Preparation(int(settings.max_body_bytes))
     shutdown = asyncio.Event()
-    door = Door(settings, {api.path: api.errors for api in APIS})
+    door = Door(settings, {api.path: api.errors for api in APIS} | kserve_errors(settings))
     listener = bind(settings.http_host, settings.http_port)
     accepting = asyncio.Event()
 
@@ -350,7 +350,7 @@ async def _frontend(
             url = url_of(listener, door.scheme)
             async with (
                 (
-                    serving_kserve(app, metadata, settings, wait_for_shutdown, KSERVE_DRAIN_S)
+                    serving_kserve(door.wrap(app), metadata, settings, wait_for_shutdown, KSERVE_DRAIN_S)
                     if settings.kserve_grpc_server
                     else nullcontext(0)
                 ) as grpc_port,

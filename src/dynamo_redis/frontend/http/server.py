@@ -22,6 +22,7 @@ from dynamo_redis.frontend.apis import APIS, Api
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
 from dynamo_redis.frontend.dashboard.dashboard import Dashboard
+from dynamo_redis.frontend.forms.base import ErrorForm
 from dynamo_redis.frontend.http.acceptor import Acceptor
 from dynamo_redis.frontend.http.door import Door
 from dynamo_redis.frontend.http.limits import HttpLimits
@@ -78,7 +79,7 @@ async def serve_frontend(
 
     router_settings = router_settings or RouterSettings.load()
     grpc_apis = kserve_apis() if settings.kserve_grpc_server else ()
-    door = Door(settings, {api.path: api.errors for api in (*APIS, *grpc_apis)})
+    door = Door(settings, {api.path: api.errors for api in APIS} | kserve_errors(settings))
     open_client = client_opener(runtime, settings, router_settings)
     listener = listener or bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
@@ -144,6 +145,15 @@ def kserve_apis() -> tuple[Api, ...]:
     from dynamo_redis.frontend.kserve.apis import INFER, STREAM_INFER  # needs the extra
 
     return INFER, STREAM_INFER
+
+
+def kserve_errors(settings: FrontendSettings) -> dict[str, ErrorForm]:
+    """Return the forms of errors of the KServe server's paths, if there is one."""
+    if not settings.kserve_grpc_server:
+        return {}
+    from dynamo_redis.frontend.kserve.apis import ERROR_FORMS  # needs the extra
+
+    return dict(ERROR_FORMS)
 
 
 def _kserve_server(

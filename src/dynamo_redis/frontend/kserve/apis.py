@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
 from dynamo_redis.frontend.apis import Api
+from dynamo_redis.frontend.forms.base import ErrorForm
 from dynamo_redis.frontend.kserve.requests import KserveBody, read_request
 from dynamo_redis.frontend.kserve.responses import KSERVE_ERRORS, KserveForm
 from dynamo_redis.frontend.options import CompletionOptions
@@ -30,3 +32,18 @@ def _api(method: str, *, may_stream: bool) -> Api:
 
 INFER: Final = _api("ModelInfer", may_stream=False)
 STREAM_INFER: Final = _api("ModelStreamInfer", may_stream=True)
+
+CHECKED_CALLS: Final = ("ServerMetadata", "ModelMetadata", "ModelConfig")
+"""Calls that need no worker, but a key where one is asked for."""
+
+
+def path_of(method: str) -> str:
+    """Return the path of a call."""
+    return f"/{SERVICE}/{method}"
+
+
+ERROR_FORMS: Final[Mapping[str, ErrorForm]] = {
+    **{api.path: KSERVE_ERRORS for api in (INFER, STREAM_INFER)},
+    **{path_of(method): KSERVE_ERRORS for method in CHECKED_CALLS},
+}
+"""The form of errors of each path."""

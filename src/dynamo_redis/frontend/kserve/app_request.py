@@ -8,10 +8,9 @@ from typing import Any
 
 import grpc.aio
 
-from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.completions import TIMEOUT_S
 from dynamo_redis.frontend.http.responses import Event
-from dynamo_redis.frontend.kserve.apis import INFER
+from dynamo_redis.frontend.kserve.apis import STREAM_INFER
 from dynamo_redis.frontend.kserve.responses import messages_of
 from dynamo_redis.frontend.kserve.status import Refusal, refusal_of
 
@@ -23,7 +22,7 @@ class AppRequest:
 
     def __init__(
         self,
-        api: Api,
+        path: str,
         content: bytes,
         call: Call,
         write: Callable[[bytes], Awaitable[bool]],
@@ -32,7 +31,7 @@ class AppRequest:
         self.scope = {
             "type": "grpc",
             "method": "POST",
-            "path": api.path,
+            "path": path,
             "headers": _headers(call),
             TIMEOUT_S: time_left_s(call),
         }
@@ -43,7 +42,7 @@ class AppRequest:
         self._status: int | None = None
         self._headers: Sequence[tuple[bytes, bytes]] = ()
         self._error: bytes | None = None
-        self._api = api
+        self._is_framed = path == STREAM_INFER.path
 
     async def receive(self) -> Event:
         """Return the request, then wait until the client has left."""
@@ -61,7 +60,7 @@ class AppRequest:
         body: bytes = event["body"]
         if self._status != 200:
             self._error = b"%d\n%b" % (self._status or 500, body)
-        elif body and self._api is INFER:
+        elif body and not self._is_framed:
             await self._write(body)
         elif body:
             await self._write_all(body)

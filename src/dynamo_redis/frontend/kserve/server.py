@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
+import grpc
 import grpc.aio
 from starlette.types import ASGIApp
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.http.tls import HttpTls, http_tls
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.service import InferenceService
+from dynamo_redis.planes.reloaded import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +58,15 @@ async def serving_kserve(
         ],
     )
     address = f"{_bracketed(settings.http_host)}:{settings.grpc_port}"
+    tls = http_tls(settings)  # raises ConfigError for files that cannot be used
     try:
-        port = server.add_insecure_port(address)
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            assert settings.tls_cert_path is not None
+            assert settings.tls_key_path is not None
+            credentials = reloaded_credentials(settings.tls_cert_path, settings.tls_key_path)
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as exc:
         raise ConfigError(
             f"cannot listen for gRPC on {address}: stop the program that has this port, or choose another "
@@ -83,6 +94,34 @@ async def serving_kserve(
     finally:
         draining.cancel()
         await server.stop(None)
+
+
+def reloaded_credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
+    """Return the credentials in these files, which are read again when they have changed.
+
+    grpcio asks before each handshake, in a thread of its own. Files that cannot be used change nothing.
+    """
+    loop = asyncio.get_running_loop()
+    seen = stamp_of((cert, key))
+
+    def read() -> Any:
+        return grpc.ssl_server_certificate_configuration([(key.read_bytes(), cert.read_bytes())])
+
+    def changed() -> Any:
+        nonlocal seen
+        found = stamp_of((cert, key))
+        if found == seen:
+            return None
+        seen = found
+        try:
+            HttpTls(cert, key)
+            return read()
+        except (ConfigError, OSError) as exc:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(log.error, "%s; the gRPC port keeps the certificates it had", exc)
+            return None
+
+    return grpc.dynamic_ssl_server_credentials(read(), changed)
 
 
 def _bracketed(host: str) -> str:

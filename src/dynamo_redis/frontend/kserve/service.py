@@ -21,11 +21,10 @@ import grpc
 import grpc.aio
 from starlette.types import ASGIApp
 
-from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.protocol import DRAIN_SEND_S
 from dynamo_redis.frontend.kserve import inference_pb2 as pb
-from dynamo_redis.frontend.kserve.apis import INFER, SERVICE, STREAM_INFER
+from dynamo_redis.frontend.kserve.apis import CHECKED_CALLS, INFER, SERVICE, STREAM_INFER, path_of
 from dynamo_redis.frontend.kserve.app_request import AppRequest, Call, time_left_s
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.status import Refusal, refusal_of
@@ -79,7 +78,7 @@ class InferenceService:
         }
         handlers: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(
-                _answering(answer),
+                self._answering(name, answer),
                 request_deserializer=request.FromString,
                 response_serializer=response.SerializeToString,
             )
@@ -92,6 +91,21 @@ class InferenceService:
     def _server_ready(self, request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=not self._draining.is_set() and self._metadata.is_ready())
 
+    def _answering(self, method: str, answer: Callable[[Any], Any]) -> Callable[[Any, Call], Awaitable[Any]]:
+        """Return the handler of a call that needs no worker. The application only checks it, and logs it."""
+
+        async def handle(request: Any, call: Call) -> Any:
+            if method in CHECKED_CALLS:
+                refusal = await self._run(path_of(method), b"", call, _ignore)
+                if refusal is not None:
+                    await _abort(call, refusal)
+            try:
+                return answer(request)
+            except ApiError as exc:
+                await _abort(call, refusal_of(f"{exc.status}\n{exc.code or ''}\n{exc.message}".encode()))
+
+        return handle
+
     # ----------------------------------------------------------------- inference
 
     async def _infer(self, content: bytes, call: Call) -> bytes:
@@ -103,7 +117,7 @@ class InferenceService:
             return True
 
         with self._open():
-            refusal = await self._run(INFER, content, call, collect)
+            refusal = await self._run(INFER.path, content, call, collect)
         if refusal is not None:
             await _abort(call, refusal)
         return b"".join(messages)
@@ -133,7 +147,7 @@ class InferenceService:
         while (content := await self._next_request(call)) is not None:
             if isinstance(content, Refusal):
                 return content
-            refusal = await self._run(STREAM_INFER, content, call, write)
+            refusal = await self._run(STREAM_INFER.path, content, call, write)
             if refusal is not None and is_read:
                 if ends_with_error:
                     return refusal
@@ -174,13 +188,13 @@ class InferenceService:
         return True
 
     async def _run(
-        self, api: Api, content: bytes, call: Call, write: Callable[[bytes], Awaitable[bool]]
+        self, path: str, content: bytes, call: Call, write: Callable[[bytes], Awaitable[bool]]
     ) -> Refusal | None:
         """Have the application answer a request, and write its messages. Return the error, if it ends in one.
 
         If the call is cancelled, the request ends as by a hang-up before this raises.
         """
-        request = AppRequest(api, content, call, write)
+        request = AppRequest(path, content, call, write)
 
         async def serve() -> None:
             await self._app(request.scope, request.receive, request.send)
@@ -210,21 +224,13 @@ class InferenceService:
             self._idle.set()
 
 
+async def _ignore(_: bytes) -> bool:
+    return True
+
+
 async def _abort(call: Call, refusal: Refusal) -> NoReturn:
     """End a call with an error."""
     try:
         await call.abort(refusal.status, refusal.message, refusal.metadata)
     except grpc.aio.InternalError:  # the client has left, and gets none
         raise asyncio.CancelledError from None
-
-
-def _answering(answer: Callable[[Any], Any]) -> Callable[[Any, Call], Awaitable[Any]]:
-    """Return the handler of a call that needs no worker."""
-
-    async def handle(request: Any, call: Call) -> Any:
-        try:
-            return answer(request)
-        except ApiError as exc:
-            await _abort(call, refusal_of(f"{exc.status}\n{exc.code or ''}\n{exc.message}".encode()))
-
-    return handle

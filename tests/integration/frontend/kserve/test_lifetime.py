@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.server import serving_kserve
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
+from tests.certificates import Authority
 from tests.frontend_deployment import Deployment, until_healthy
 from tests.integration.frontend.conftest import Frontend, OpenFrontend
 from tests.kserve_client import KserveClient, infer_request, kserve_client, next_message, send, until_final
@@ -277,3 +279,31 @@ async def test_port_of_another_program_is_refused(frontend: Frontend) -> None:
     server = serving_kserve(never_asked, metadata, settings, lambda: asyncio.sleep(0), 1)
     with pytest.raises(ConfigError, match="--grpc-port"):
         await server.__aenter__()
+
+
+async def test_tls_follows_a_changed_certificate(open_frontend: OpenFrontend, tmp_path: Path) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    identity = old.issue("localhost")
+    settings = {"tls_cert_path": identity.cert, "tls_key_path": identity.key}
+    frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0, **settings)
+
+    async def answers(authority: Authority) -> bool:
+        credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        target = f"localhost:{frontend.grpc_port}"
+        async with grpc.aio.secure_channel(target, credentials, options=options) as channel:
+            try:
+                return (await KserveClient(channel).answer(infer_request())).model_name == "demo"
+            except grpc.aio.AioRpcError:
+                return False
+
+    assert await answers(old)
+    key = identity.key.read_bytes()
+    identity.key.write_bytes(new.issue("localhost").key.read_bytes())  # of another certificate
+    assert await answers(old)
+    identity.key.write_bytes(key)
+    new.issue("localhost").move_to(identity)
+    async with asyncio.timeout(WITHIN_S):
+        while not await answers(new):
+            await asyncio.sleep(0.05)
+    assert not await answers(old)

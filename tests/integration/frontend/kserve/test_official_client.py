@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -131,3 +132,23 @@ async def test_stream_may_end_with_a_status(client: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="does not exist") as caught:
         await anext(stream)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_calls_but_those_of_health_need_a_key(open_frontend: OpenFrontend) -> None:
+    frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0, http_api_key="sk-right")
+    right = {"authorization": "Bearer sk-right"}
+    async with InferenceServerClient(f"127.0.0.1:{frontend.grpc_port}") as client:
+        assert await client.is_server_ready()
+        assert await client.is_model_ready("demo")
+        calls: list[Callable[..., Any]] = [
+            partial(client.infer, "demo", inputs()),
+            partial(client.get_model_metadata, "demo"),
+            partial(client.get_model_config, "demo"),
+            client.get_server_metadata,
+        ]
+        for call in calls:
+            for headers in (None, {"authorization": "Bearer sk-wrong"}):
+                with pytest.raises(InferenceServerException, match="API key") as caught:
+                    await call(headers=headers)
+                assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
+            await call(headers=right)
