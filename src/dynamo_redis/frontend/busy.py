@@ -124,6 +124,6 @@ class ModelThresholds:
             setattr(thresholds, name, value)
         if self.describe(model) != before:
             values = asdict(thresholds).items()
-            shown = ", ".join(f"{name} {value:g}" for name, value in values if value is not None)
+            shown = ", ".join(f"{name} {value}" for name, value in values if value is not None)
             log.info("busy thresholds of model %r: %s", model, shown or "none")
             self._on_change(model)
