@@ -78,6 +78,34 @@ def tree_question(random: Random) -> Question:
     return ["tree", [*steps, ["dump"]]]
 
 
+def _event(data: Any) -> list[Any]:
+    return ["apply", 1, {"event_id": 1, "data": data}]
+
+
+def _stored(parent: int | None, *hashes: int) -> list[Any]:
+    """Return the storing of blocks whose hashes and tokens are the same number."""
+    blocks = [{"block_hash": number, "tokens_hash": number} for number in hashes]
+    return _event({"stored": {"parent_hash": parent, "blocks": blocks}})
+
+
+def _removed(*hashes: int) -> list[Any]:
+    return _event({"removed": {"block_hashes": hashes}})
+
+
+RARE: list[Question] = [
+    # a block that was removed before those in front of it is not known any more
+    ["tree", [_stored(None, 1, 2, 3), _removed(3), _removed(1, 2, 3), ["dump"]]],
+    # an edge that no worker holds is replaced, not covered again
+    ["tree", [_stored(None, 1, 2), _event("cleared"), _stored(None, 1), _stored(1, 6, 7), _removed(7),
+              ["dump"]]],
+    # a block removed from the middle and stored again brings those behind it back only in another edge
+    ["tree", [_stored(None, 1, 2, 3), _removed(2), _stored(1, 2), ["find", [1, 2, 3], False]]],
+    ["tree", [_stored(None, 1, 2), _stored(2, 3), _stored(2, 4), _removed(2), _stored(1, 2),
+              ["find", [1, 2, 3], False], ["dump"]]],
+]  # fmt: skip
+"""Histories that are seldom drawn."""
+
+
 def hash_question(random: Random) -> Question:
     """Return arguments of `compute_block_hash_for_seq`."""
     tokens = [random.randint(0, (1 << 32) - 1) for _ in range(random.randint(0, 20))]
@@ -128,7 +156,7 @@ def _lines(names: dict[str, Any]) -> str:
 
 def main() -> None:
     random = Random(1)
-    questions = [tree_question(random) for _ in range(TREES)]
+    questions = [*RARE, *(tree_question(random) for _ in range(TREES))]
     questions += [hash_question(random) for _ in range(HASHES)]
     with asker(sys.argv[1]) as real:
         answers = [real.ask(question) for question in questions]

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dynamo_redis.common.backend import (
     DiffusionEngine,
@@ -17,6 +20,7 @@ from dynamo_redis.common.backend import (
     LlmRegistration,
     Worker,
     WorkerConfig,
+    telemetry,
 )
 from dynamo_redis.common.backend.health_check import build_health_check_payload, is_probe
 from dynamo_redis.common.backend.metrics import EngineMetrics
@@ -29,7 +33,7 @@ from dynamo_redis.llm import KvEventPublisher, ModelInput
 from dynamo_redis.llm.exceptions import Disconnected, InvalidArgument
 from dynamo_redis.models.card import ModelCard
 from dynamo_redis.names import EndpointName
-from dynamo_redis.runtime import Context, DistributedRuntime, Settings
+from dynamo_redis.runtime import Context, DistributedRuntime, Settings, tracing
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import read_kv_events
 from tests.integration.engines.kv_event_server import KvEventServer, block_stored
@@ -291,6 +295,48 @@ async def test_health_check_reaches_the_engine(
         await checked.wait()
 
 
+async def test_engine_adds_to_its_trace(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "tracer", tracing.Tracer(provider))
+
+    async def traced(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+        telemetry.current_span(context).set_attribute("batch", 3)
+        with telemetry.start_span(context, "load", blocks=8) as span:
+            span.add_event("read")
+        assert telemetry.engine_trace_kwargs(context) == {"trace_headers": context.trace_headers()}
+        yield LAST
+
+    async with serve(TestedEngine(traced)) as serving:
+        await serving.ask()
+
+        def ended() -> dict[str, ReadableSpan]:
+            return {span.name: span for span in exporter.get_finished_spans()}
+
+        await until(lambda: "engine" in ended())
+    provider.shutdown()
+    engine, load = ended()["engine"], ended()["load"]
+    assert engine.attributes is not None
+    assert load.attributes is not None
+    assert (engine.attributes["batch"], load.attributes["blocks"]) == (3, 8)
+    assert load.parent is not None
+    assert engine.context is not None
+    assert load.parent.span_id == engine.context.span_id
+
+
+async def test_telemetry_without_traces_does_nothing(serve: Serve) -> None:
+    async def untraced(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+        telemetry.current_span(context).set_status("error", "none")
+        with telemetry.start_span(context, "load") as span:
+            span.set_attribute("blocks", 8)
+        assert telemetry.engine_trace_kwargs(context) == {}
+        yield LAST
+
+    async with serve(TestedEngine(untraced)) as serving:
+        assert len(await serving.ask()) == 1
+
+
 # --------------------------------------------------------------------------- cancellation
 
 
@@ -307,8 +353,15 @@ async def endless(request: Any, context: Context) -> AsyncGenerator[Any, None]:
     await asyncio.Event().wait()
 
 
+async def stops_itself(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+    """Stop the request before its caller leaves, which kills it, too."""
+    yield {"token_ids": [1]}
+    context.stop_generating()
+    await asyncio.Event().wait()
+
+
 async def test_abort_comes_once_when_the_caller_leaves(serve: Serve) -> None:
-    engine = TestedEngine(endless)
+    engine = TestedEngine(stops_itself)
     async with serve(engine) as serving:
         await leave_after_one(serving)
         async with asyncio.timeout(WITHIN_S):
