@@ -121,7 +121,7 @@ class KvEventPublisher:
         """Publish that the engine has stored these blocks. Returns at once; never raises for Redis.
 
         Only full blocks of text tokens are published: those before the first block that is not full or has
-        an image. Nothing is published for `is_eagle` or with a `cache_salt`.
+        an image. Nothing is published for `is_eagle`.
 
         Args:
             token_ids: the tokens of all blocks.
@@ -133,7 +133,7 @@ class KvEventPublisher:
             is_eagle: the blocks are of speculative decoding.
             cache_salt: the salt of the blocks, which separates them from other requests.
         """
-        if (rank := self._rank) is None or is_eagle or cache_salt:
+        if (rank := self._rank) is None or is_eagle:
             return
         size = rank.block_size
         infos = block_mm_infos or [None] * len(num_block_tokens)
@@ -141,7 +141,10 @@ class KvEventPublisher:
         count = next((n for n, (tokens, info) in pairs if tokens != size or info), len(num_block_tokens))
         hashes, block_tokens = tuple(block_hashes[:count]), tuple(token_ids[: count * size])
         if hashes:
-            self._loop.call(lambda: rank.stored(hashes, block_tokens, parent_hash, lora_name=lora_name))
+            salt = cache_salt or None
+            self._loop.call(
+                lambda: rank.stored(hashes, block_tokens, parent_hash, lora_name=lora_name, cache_salt=salt)
+            )
 
     def publish_removed(self, block_hashes: Sequence[EngineHash]) -> None:
         """Publish that the engine has removed these blocks. Returns at once."""

@@ -165,15 +165,7 @@ async def _register(
         raise ConfigError(
             f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
         )
-    for field, check in (
-        ("tool_call_parser", check_tool_parser),
-        ("reasoning_parser", check_reasoning_parser),
-    ):
-        if (parser := getattr(config, field)) is not None:
-            try:
-                check(parser)
-            except ValueError as exc:
-                raise ConfigError(f"{field}={parser!r}: {exc}") from None
+    check_parsers(config.tool_call_parser, config.reasoning_parser)
     try:
         card = make_card(
             model,
@@ -195,6 +187,19 @@ async def _register(
         raise ConfigError(f"{'.'.join(map(str, found['loc']))}: {found['msg']}") from exc
     await runtime.start()
     await _models_of(runtime).publish(name, model, card)
+
+
+def check_parsers(tool_call_parser: str | None, reasoning_parser: str | None) -> None:
+    """Raise ConfigError for the name of a parser that is not here; None is any."""
+    for option, parser, check in (
+        ("tool_call_parser", tool_call_parser, check_tool_parser),
+        ("reasoning_parser", reasoning_parser, check_reasoning_parser),
+    ):
+        if parser is not None:
+            try:
+                check(parser)
+            except ValueError as exc:
+                raise ConfigError(f"{option}={parser!r}: {exc}") from None
 
 
 def model_kind(model: ModelDirectory, path: Path, *, chats: bool, completes: bool) -> ModelKind:

@@ -170,8 +170,10 @@ async def test_engine_is_served_and_cleaned_up_once(serve: Serve) -> None:
 
 
 async def test_config_names_come_before_the_engines(serve: Serve) -> None:
-    async with serve(TestedEngine(), served_model_name="configured", model_name=str(DEMO_MODEL_PATH)) as one:
-        assert (await card_of(one)).display_name == "configured"
+    config = {"served_model_name": "configured", "model_name": str(DEMO_MODEL_PATH)}
+    async with serve(TestedEngine(), **config, tool_call_parser="hermes") as serving:
+        card = await card_of(serving)
+        assert (card.display_name, card.runtime_config.tool_call_parser) == ("configured", "hermes")
 
 
 async def test_engine_gets_the_rank_of_the_router(serve: Serve) -> None:
@@ -583,6 +585,7 @@ async def test_bad_drain_is_followed_by_cleanup(serve: Serve, caplog: pytest.Log
         ({"disaggregation_mode": DisaggregationMode.PREFILL}, "disaggregation_mode"),
         ({"disaggregation_mode": "agg"}, "disaggregation_mode"),
         ({"route_to_encoder": True}, "route_to_encoder"),
+        ({"reasoning_parser": "unheard"}, "reasoning_parser"),
         ({"media_decoder": object()}, "media_decoder"),
         ({"kv_state_endpoint": "a.b.c"}, "kv_state_endpoint"),
     ],

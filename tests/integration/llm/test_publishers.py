@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.events.block_hashes import chain, local_hashes
-from dynamo_redis.llm import KvEventPublisher, WorkerMetricsPublisher
+from dynamo_redis.llm import KvEventPublisher, WorkerMetricsPublisher, compute_block_hash_for_seq
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.store.event_base import BEGINNING, StreamName
@@ -88,7 +88,6 @@ async def test_blocks_with_more_than_tokens_are_left_out(open_runtime: OpenRunti
     runtime = await open_runtime()
     publisher = KvEventPublisher(runtime.endpoint("demo.llm.generate"), kv_block_size=BLOCK)
     image = {"mm_objects": [{"mm_hash": 1, "offsets": [[4, 8]]}]}
-    publisher.publish_stored(PROMPT[:8], [4, 4], [1, 2], cache_salt="tenant")
     publisher.publish_stored(PROMPT[:8], [4, 4], [1, 2], is_eagle=True)
     publisher.publish_stored(PROMPT[:8], [4, 4], [1, 2], block_mm_infos=[image, None])
     one = {"token_ids": PROMPT[:8], "num_block_tokens": [4, 4], "block_hashes": [1, 2]}
@@ -102,6 +101,14 @@ async def test_blocks_with_more_than_tokens_are_left_out(open_runtime: OpenRunti
     assert [(event.kind, list(event.hashes)) for _, event in events] == [(STORED, NAMES[:1]), (1, NAMES[:1])]
     with pytest.raises(ValueError, match="'stored' or 'removed'"):
         publisher.publish_batch([{"type": "moved"}])
+
+
+async def test_salted_blocks_have_names_of_their_own(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    publisher = KvEventPublisher(runtime.endpoint("demo.llm.generate"), kv_block_size=BLOCK)
+    publisher.publish_stored(PROMPT[:4], [4], [1], cache_salt="tenant")
+    ((_, event),) = await _events(runtime, 1)
+    assert list(event.hashes) == compute_block_hash_for_seq(PROMPT[:4], BLOCK, cache_namespace="tenant")
 
 
 async def test_wrong_arguments_are_refused_at_once(open_runtime: OpenRuntime) -> None:

@@ -15,8 +15,9 @@ from dynamo_redis.common.constants import DisaggregationMode
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.llm.model_names import ModelInput
-from dynamo_redis.llm.registration import model_kind, read_model
+from dynamo_redis.llm.registration import check_parsers, model_kind, read_model
 from dynamo_redis.names import EndpointName, format_instance_id
+from dynamo_redis.parsers.detection import AUTO
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.worker import run_worker
 
@@ -25,8 +26,6 @@ log = logging.getLogger(__name__)
 _NOT_SERVED: Final = ("route_to_encoder", "media_decoder", "media_fetcher", "kv_state_endpoint")
 _WITHOUT_EFFECT: Final = (
     "use_kv_events",
-    "tool_call_parser",
-    "reasoning_parser",
     "exclude_tools_when_tool_choice_none",
     "enable_local_indexer",
     "structural_tag",
@@ -40,7 +39,8 @@ class WorkerConfig:
 
     `model_name` is the directory of the model's files; "": the engine's. `served_model_name` is the name in
     requests; None: the engine's, or that of the directory. `endpoint_types` has "chat", "completions" or
-    both. `enable_kv_routing=False` publishes neither KV events nor load. `Worker` refuses values that cannot
+    both. `tool_call_parser` and `reasoning_parser` None stand for those of the model's chat template.
+    `enable_kv_routing=False` publishes neither KV events nor load. `Worker` refuses values that cannot
     be served here, and names those without effect in the log.
     """
 
@@ -108,6 +108,7 @@ class WorkerConfig:
     def check(self) -> None:
         """Raise ConfigError for a value that cannot be served here, and log those without effect."""
         self.served_kinds()
+        check_parsers(self.tool_call_parser, self.reasoning_parser)
         if self.model_input is not ModelInput.Tokens:
             raise ConfigError(f"model_input={self.model_input}: frontends send tokens; use ModelInput.Tokens")
         if getattr(self.disaggregation_mode, "name", None) != "AGGREGATED":
@@ -214,6 +215,8 @@ class Worker:
             model_name=config.served_model_name or said.served_model_name or path.name,
             model_type=model_kind(model, path, chats="chat" in kinds, completes="completions" in kinds),
             metrics_labels=config.metrics_labels or None,
+            tool_call_parser=config.tool_call_parser or AUTO,
+            reasoning_parser=config.reasoning_parser or AUTO,
             health_check_payload=config.health_check_payload or await engine.health_check_payload(),
         )
 
