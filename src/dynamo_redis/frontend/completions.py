@@ -112,6 +112,9 @@ class Completions:
             async with asyncio.timeout(timeout_s):
                 body, notes, model, requests = await self._read(scope, receive, place)
         except ClientGone:
+            self._metrics.note_gone(self._api.kind)
+            if observation is not None:
+                observation.error_type = "cancelled"
             return
         except (TimeoutError, ApiError, DynamoRedisError, asyncio.CancelledError) as exc:
             error = _refusal(exc).with_overload_as(self._overload_status)

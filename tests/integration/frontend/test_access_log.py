@@ -128,6 +128,17 @@ async def test_client_that_leaves_has_a_line(deployment: Deployment, lines: Line
     assert line["completion_tokens"] < 2000
 
 
+async def test_client_that_leaves_early_has_a_line(deployment: Deployment, lines: Lines) -> None:
+    url = await deployment.frontend(access_log=True)
+    address = httpx.URL(url)
+    _, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    line = await lines.last(1)
+    assert (line["status"], line["error"]) == (499, "cancelled")
+
+
 async def test_requests_have_no_line_by_default(
     deployment: Deployment, lines: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -232,6 +232,8 @@ async def test_client_that_leaves_gives_up_its_place_in_line(deployment: Deploym
             while await total(frontend, "admission_queued_requests") != count:
                 await asyncio.sleep(0.01)
         left.cancel()
+    assert await total(frontend, "requests_refused_total", error_type="cancelled") == 1
+    assert await total(frontend, "disconnected_clients") == 1
     worker.engine.gate.set()
     assert (await held).status_code == (await post(frontend)).status_code == 200
     assert worker.engine.request_count == 2

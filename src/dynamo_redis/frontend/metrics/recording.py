@@ -129,6 +129,11 @@ class FrontendMetrics:
         """Count a request that does not reach a worker."""
         self.refused[ENDPOINTS[kind], error_type(error)] += 1
 
+    def note_gone(self, kind: Kind) -> None:
+        """Count a request whose client left before it reached a worker."""
+        self.refused[ENDPOINTS[kind], "cancelled"] += 1
+        self.disconnected_count += 1
+
 
 class RequestRecord:
     """One request under way."""
