@@ -345,7 +345,11 @@ class FrontendProcesses:
 
     async def _succeed(self, place: _Place, old: FrontendProcess) -> bool:
         """Start a successor of a process. Return False if it does not start: the old one goes on then."""
-        new = await self._start_process(place)
+        try:
+            new = await self._start_process(place)
+        except OSError as exc:
+            log.error("no successor of frontend process %d can be started: %s", old.pid, exc)
+            return False
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 if await new.until_ready():

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.frontend_deployment import Deployment, until_healthy
@@ -153,6 +154,23 @@ async def test_no_hangup_is_lost(programs: Programs) -> None:
     await frontend.until("SIGHUP: .* will be replaced once more", in_err=True)
     await frontend.until("(?s)all frontend processes are replaced.*all frontend processes", in_err=True)
     await until_serving(url, 2, without=[first, second])
+
+
+async def test_processes_stay_if_no_successor_can_start(programs: Programs) -> None:
+    """The command has no file left for one."""
+    frontend = programs.frontend("--frontend-processes", "2")
+    url = await frontend.url()
+    pids = await serving_pids(url)
+    parent = psutil.Process(frontend.process.pid)
+    limits = parent.rlimit(psutil.RLIMIT_NOFILE)
+    parent.rlimit(psutil.RLIMIT_NOFILE, (parent.num_fds(), limits[1]))
+    frontend.send(signal.SIGHUP)
+    await frontend.until(
+        "no successor of frontend process .* can be started: .* Too many open files", in_err=True
+    )
+    parent.rlimit(psutil.RLIMIT_NOFILE, limits)
+    assert await serving_pids(url) == pids
+    assert "Traceback" not in frontend.err
 
 
 async def test_dead_process_gets_no_connections(programs: Programs) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_redis.frontend.http.siblings import merge
+from dynamo_redis.frontend.http import siblings
+from dynamo_redis.frontend.http.siblings import answers, merge
 
 TEXT = """# HELP requests_total Requests
 # TYPE requests_total counter
@@ -29,3 +34,14 @@ def test_samples_are_grouped_and_named_by_process() -> None:
 def test_metric_of_one_process_only_stays() -> None:
     assert merge({"1": "", "2": TEXT}).count('pid="2"') == 2
     assert merge({}) == ""
+
+
+async def test_only_a_silent_process_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose socket is gone may serve its port all the same."""
+    assert await answers(tmp_path, 1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "2"))
+        assert await answers(tmp_path, 2)
+        listener.listen()
+        monkeypatch.setattr(siblings, "ANSWER_S", 0.05)
+        assert not await answers(tmp_path, 2)

@@ -51,7 +51,7 @@ async def ask_siblings(directory: Path, target: str, *, without: str | None = No
     """Return the answers of all living processes, but for one, by their ids; None for one that does not
     answer in time, or not as it should."""
     paths = [path for path in _sockets(directory) if path.name != without]
-    responses = await asyncio.gather(*(_get(path, target.encode()) for path in paths))
+    responses = await asyncio.gather(*(_ask(path, target.encode()) for path in paths))
     return {
         path.name: _content(response)
         for path, response in zip(paths, responses, strict=True)
@@ -60,8 +60,17 @@ async def ask_siblings(directory: Path, target: str, *, without: str | None = No
 
 
 async def answers(directory: Path, process: int) -> bool:
-    """Return whether a process answers in time, be it with a refusal: its event loop runs."""
-    return bool(await _get(directory / str(process), b"/live"))
+    """Return False if a process is silent: it answers nothing in time, not even with a refusal.
+
+    That it cannot be asked, since its socket is gone or this process has no file left, says nothing of it.
+    """
+    try:
+        await _get(directory / str(process), b"/live")
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def with_all_metrics(app: ASGIApp, directory: Path) -> ASGIApp:
@@ -136,20 +145,25 @@ def _content(response: bytes) -> str | None:
     return None
 
 
-async def _get(path: Path, what: bytes) -> bytes | None:
+async def _ask(path: Path, what: bytes) -> bytes | None:
     """Return a process's response; empty if it does not answer in time, None if it is dead."""
-    content = bytearray()
     try:
-        async with asyncio.timeout(ANSWER_S):
-            reader, writer = await asyncio.open_unix_connection(path)
-            try:
-                writer.write(_REQUEST % what)
-                while (piece := await reader.read(64 << 10)) and len(content) <= MOST_ANSWER_BYTES:
-                    content += piece
-            finally:
-                writer.close()
+        return await _get(path, what)
     except (ConnectionRefusedError, FileNotFoundError):
         return None
     except OSError:  # TimeoutError is one
         return b""
+
+
+async def _get(path: Path, what: bytes) -> bytes:
+    """Return a process's response. Raises TimeoutError, or another OSError if it cannot be asked."""
+    content = bytearray()
+    async with asyncio.timeout(ANSWER_S):
+        reader, writer = await asyncio.open_unix_connection(path)
+        try:
+            writer.write(_REQUEST % what)
+            while (piece := await reader.read(64 << 10)) and len(content) <= MOST_ANSWER_BYTES:
+                content += piece
+        finally:
+            writer.close()
     return bytes(content)
