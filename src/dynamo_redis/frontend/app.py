@@ -31,6 +31,7 @@ from dynamo_redis.frontend.http.responses import send_json
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics
 from dynamo_redis.frontend.metrics.text import FrontendReading, ServedModel, families
 from dynamo_redis.frontend.model import NamedModel
+from dynamo_redis.frontend.model_list import model_routes
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.token_count import token_count
@@ -54,13 +55,6 @@ def make_app(
     """Return the ASGI application. The caller makes and ends its parts. `process_metrics` are shown beside
     those of the frontend itself. `grpc_apis` are served to scopes of the type `grpc`, by their paths.
     Other calls of gRPC get an empty answer: they pass here for the layers around the application."""
-
-    async def list_models(_: Request) -> Response:
-        listed = [_describe(model) for model in models.served()]
-        return _json(200, {"object": "list", "data": listed})
-
-    async def retrieve_model(request: Request) -> Response:
-        return _json(200, _describe(models.named(request.path_params["model"])))
 
     async def show_health(_: Request) -> Response:
         return _json(*health(models.served(), registry))
@@ -95,8 +89,7 @@ def make_app(
     calls = {api.path: completions(api) for api in grpc_apis}
     app = Starlette(
         routes=[
-            Route("/v1/models", list_models),
-            Route("/v1/models/{model:path}", retrieve_model),
+            *model_routes(models),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in served.items()),
             Route(
                 COUNT_PATH, token_count(models, preparation, bodies, settings, admission), methods=["POST"]
@@ -149,16 +142,6 @@ def describe_served(model: NamedModel, models: LiveModels) -> ServedModel:
 
 async def _accept(scope: Scope, receive: Receive, send: Send) -> None:
     await send_json(send, 200, b"")
-
-
-def _describe(model: NamedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": int(model.created_at),
-        "owned_by": "dynamo",
-        "max_model_len": model.context_length,
-    }
 
 
 def _json(status: int, value: Any) -> Response:

@@ -8,7 +8,7 @@ from typing import Any
 
 import anthropic
 import pytest
-from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
+from anthropic.types import Message, MessageTokensCount, ModelInfo, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from dynamo_redis.frontend.tokens import Tokenizer
@@ -132,6 +132,20 @@ async def test_most_tokens_are_those_of_the_context(frontend: Any, client: Any) 
     [request] = frontend.worker.requests
     [model] = frontend.models.served()
     assert request["stop_conditions"]["max_tokens"] == model.context_length - len(request["token_ids"])
+
+
+async def test_lists_and_retrieves_models(frontend: Any, client: Any) -> None:
+    await client.models.list()
+    page = (await frontend.http.get("/v1/models", headers={"anthropic-version": "2023-06-01"})).json()
+    [listed] = page["data"]
+    model = ModelInfo.model_validate_json(json.dumps(listed), strict=True)
+    assert model.model_extra == {}
+    assert (model.id, page["first_id"], page["has_more"]) == ("demo", "demo", False)
+    assert [each.id async for each in client.models.list()] == ["demo"]
+    assert (await client.models.retrieve("demo")).created_at == model.created_at
+    with pytest.raises(anthropic.NotFoundError) as missing:
+        await client.models.retrieve("other")
+    assert error_type(missing.value) == "not_found_error"
 
 
 # --------------------------------------------------------------------------- prompts
