@@ -222,20 +222,26 @@ class OutputConfig(TypedDict):
     format: NotRequired[JsonFormat | None]
 
 
+_STATELESS: Final = Refusal("nothing is stored: send the whole conversation as 'messages'")
 _ELSEWHERE: Final = Refusal("it is a service of Anthropic's own servers")
 
 ANTHROPIC: Final = Parameters(
     refused={
+        "billing_policy": _ELSEWHERE,
+        "compaction": _STATELESS,
         "container": _ELSEWHERE,
         "mcp_servers": Refusal("it is a service of Anthropic's own servers", ([],)),
         "diagnostics": _ELSEWHERE,
+        "fallback_credit_token": _ELSEWHERE,
         "fallbacks": Refusal("one model answers", ([],)),
         "inference_geo": _ELSEWHERE,
         "speed": Refusal("there is one speed", ("standard",)),
         "user_profile_id": _ELSEWHERE,
         "workspace_id": _ELSEWHERE,
         "max_tokens_to_sample": Refusal("use 'max_tokens'"),
+        "output_format": Refusal("use 'output_config.format'"),
         "stop": Refusal("use 'stop_sequences'"),
+        "thread": _STATELESS,
     },
     harmless={
         "cache_control": "blocks are kept without being asked for",

@@ -57,7 +57,9 @@ def error_object(error: ApiError, request_id: str) -> dict[str, Any]:
     """Return an error in Anthropic's form."""
     status = _status(error)
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    fault = {"type": kind, "message": error.message}
+    fault: dict[str, Any] = {"type": kind, "message": error.message}
+    if error.param == "thread":  # Anthropic's client then sends the whole conversation
+        fault["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return {"type": "error", "error": fault, "request_id": request_id}
 
 
