@@ -156,10 +156,13 @@ def test_each_error_is_on_its_page() -> None:
 
 def test_each_endpoint_of_the_frontend_is_on_its_page() -> None:
     page = (ROOT / "docs" / "http-api.md").read_text()
-    source = (ROOT / "src" / "dynamo_redis" / "frontend" / "app.py").read_text()
-    routes = [path.replace(":path", "") for path in re.findall(r'Route\("([^"]+)"', source)]
-    assert len(routes) > 5
-    assert [path for path in routes if f" {path}`" not in page] == []
+    frontend = ROOT / "src" / "dynamo_redis" / "frontend"
+    sources = [path.read_text() for path in frontend.glob("*.py")]
+    found = [each for source in sources for each in re.findall(r'Route\("([^"]+)"', source)]
+    found += re.findall(r'"(/v1/[^"]+)"', (frontend / "apis.py").read_text())
+    routes = {path.replace(":path", "") for path in found}
+    assert len(routes) > 8
+    assert {path for path in routes if f" {path}`" not in page} == set()
 
 
 def test_each_error_of_the_frontend_is_on_its_page() -> None:
