@@ -154,6 +154,24 @@ async def test_custom_engine_answers_chats(
         await line_of(worker, "aborted")
 
 
+async def test_wrong_model_ends_the_worker_at_once(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
+    own = {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(EXAMPLES / "custom_engine" / "engine.py"),
+        "--model",
+        "org/model",
+        env=os.environ | own,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(WITHIN_S):
+        output, errors = await process.communicate()
+    assert process.returncode == 1
+    assert "cleaned up" in output.decode()
+    assert "nothing is downloaded" in errors.decode().splitlines()[-1]
+
+
 async def leave(frontend: httpx.AsyncClient, body: dict[str, Any]) -> None:
     """Begin to read a streamed answer, and close the connection."""
     async with frontend.stream("POST", "/v1/completions", json=body) as answer:
