@@ -89,6 +89,21 @@ async def test_infer_answers_whole(frontend: Frontend, client: Any) -> None:
     assert request["token_ids"] == frontend.worker.tokenizer.encode("Hello!", add_special_tokens=True)
 
 
+async def test_echo_puts_the_prompt_before_the_answer(client: Any) -> None:
+    result = await client.infer("demo", inputs("Say hi. "), parameters={"echo": True})
+    assert text_of(result) == "Say hi. " + TEXT
+
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        yield {
+            "model_name": "demo",
+            "inputs": inputs("Say hi. ", streaming=True),
+            "parameters": {"echo": True},
+        }
+
+    pieces = [text_of(result) async for result, _ in client.stream_infer(requests())]
+    assert "".join(pieces) == "Say hi. " + TEXT
+
+
 async def test_infer_returns_the_wanted_outputs(client: Any) -> None:
     wanted = [InferRequestedOutput("finish_reason")]
     result = await client.infer("demo", inputs(), outputs=wanted, parameters={"n": 2})
