@@ -169,3 +169,11 @@ async def test_page_outlives_its_frontend(deployment: Deployment, browser: Brows
     await expect(looked.page.get_by_text("Below is the state of")).to_be_visible()
     await deployment.frontend(http_port=int(url.rpartition(":")[2]))
     await until_titled(looked.page, "Serving")
+
+
+async def test_api_key_is_the_password_of_the_page(deployment: Deployment, browser: Browser) -> None:
+    await deployment.worker()
+    url = await deployment.frontend(http_api_key="a-key")
+    page = await browser.new_page(http_credentials={"username": "any", "password": "a-key"})
+    await page.goto(f"{url}/dashboard")
+    await until_titled(page, "Serving")

@@ -483,12 +483,6 @@ function note(level, text) {
   setText(element("live-text"), text);
 }
 
-function askForKey(fault) {
-  element("key-form").hidden = false;
-  setText(element("key-fault"), fault);
-  element("key").focus();
-}
-
 async function follow() {
   const controller = new AbortController();
   stopped = controller;
@@ -497,20 +491,11 @@ async function follow() {
     if (Date.now() - lastAt > SILENT_MS) controller.abort();
   }, 1000);
   try {
-    const key = sessionStorage.getItem("key");
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    const response = await fetch("dashboard/events", { headers, cache: "no-store", signal: controller.signal });
-    if (response.status === 401 || response.status === 403) {
-      sessionStorage.removeItem("key");
-      setVerdict("none", "An API key is needed", "The page shows the state once it has the key.");
-      note("none", "Not connected");
-      askForKey(key ? "This key was refused." : "");
-      return false;
-    }
-    if (!response.ok) throw new Error(`the frontend answers ${response.status}`);
-    element("key-form").hidden = true;
+    const response = await fetch("dashboard/events", { cache: "no-store", signal: controller.signal });
+    if (response.status === 401) throw new Error("The frontend asks for another API key: load the page again.");
+    if (!response.ok) throw new Error(`It answers ${response.status}.`);
     await read(response.body.getReader());
-    throw new Error("the frontend has ended the stream");
+    throw new Error("It has ended the stream.");
   } catch (error) {
     if (document.hidden) return false;
     lost(error);
@@ -545,8 +530,9 @@ async function read(reader) {
 function lost(error) {
   document.body.classList.add("stale");
   note("bad", "Not connected");
+  const words = error instanceof TypeError || error.name === "AbortError" ? "It does not answer." : error.message;
   const last = state === null ? "Nothing is known yet." : `Below is the state of ${clock(state.now)}.`;
-  setVerdict("bad", "No connection to the frontend", `${error.message || "It does not answer."} ${last} Trying again.`);
+  setVerdict("bad", "No connection to the frontend", `${words} ${last} Trying again.`);
 }
 
 async function keepFollowing() {
@@ -566,12 +552,6 @@ document.addEventListener("visibilitychange", () => { // a hidden page costs not
   } else {
     keepFollowing();
   }
-});
-element("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  sessionStorage.setItem("key", element("key").value);
-  element("key").value = "";
-  keepFollowing();
 });
 for (const id of ["find", "state", "order"]) {
   element(id).addEventListener("input", () => {
