@@ -55,7 +55,7 @@ async def test_schema_of_a_megabyte_is_repeated(open_frontend: Any) -> None:
 
 @each_api
 async def test_client_that_leaves_ends_its_request(frontend: Any, path: str) -> None:
-    frontend.worker.script = frontend.worker.says("word " * 500, pause_s=0.01)
+    frontend.worker.script = frontend.worker.says("word " * 5000, pause_s=0.02)
     async with frontend.http.stream("POST", path, json={**BODIES[path], "stream": True}) as stream:
         await anext(stream.aiter_bytes())
         assert await samples(frontend, "inflight_requests") == {"": 1}
@@ -103,6 +103,20 @@ async def test_rubbish_is_refused(frontend: Any, path: str, case: str) -> None:
         error = response.json()
         assert error["error"]["type"] in ("invalid_request_error", "not_found_error", "request_too_large")
         assert ("request_id" in error) == (path == "/v1/messages")
+
+
+@each_api
+async def test_image_is_refused(frontend: Any, path: str) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+    image: dict[str, Any] = {"type": "image", "source": source}
+    name = "messages"
+    if path == "/v1/responses":
+        image, name = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}, "input"
+    response = await frontend.http.post(
+        path, json={**BODIES[path], name: [{"role": "user", "content": [image]}]}
+    )
+    assert response.status_code == 400
+    assert f"'{name}[0].content[0].type'" in response.json()["error"]["message"]
 
 
 @each_api

@@ -238,7 +238,7 @@ async def test_errors_are_those_of_the_client(frontend: Any, client: Any) -> Non
 
 async def test_overload_is_529(open_frontend: Any) -> None:
     frontend = await open_frontend(max_http_in_flight_count=1, max_http_queued_count=0)
-    frontend.worker.script = frontend.worker.says(TEXT, pause_s=0.02)
+    frontend.worker.script = frontend.worker.says("word " * 5000, pause_s=0.02)
     async with frontend.http.stream("POST", "/v1/messages", json={**BODY, "stream": True}) as stream:
         lines = stream.aiter_lines()
         assert await anext(lines) == "event: message_start"

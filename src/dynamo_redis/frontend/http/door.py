@@ -27,7 +27,7 @@ from dynamo_redis.frontend.http.tls import http_tls
 from dynamo_redis.planes.reloaded import LOOK_S, stamp_of
 
 _PASSWORD: Final = b'Basic realm="An API key is the password"'
-_EXPOSED: Final = ("x-request-id", "retry-after")
+_EXPOSED: Final = ("x-request-id", "request-id", "retry-after")
 _log = logging.getLogger(__name__)
 
 
