@@ -19,7 +19,6 @@ from dynamo_redis.errors import ModelError, StoreError
 from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.events.worker_events import WorkerEvents
 from dynamo_redis.models.card import ModelCard, ModelKind, RuntimeConfig
-from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
 from dynamo_redis.names import EndpointName
@@ -46,6 +45,8 @@ def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
     default_name = DEMO_MODEL_NAME if settings.model_path is None else path.resolve().name
     model = read_model_directory(path, context_length=settings.context_length)
     if model.chat_templates:
+        from dynamo_redis.models.chat_template import ChatTemplate  # needs the extra `http`
+
         try:
             ChatTemplate(model.chat_templates, model.tokenizer_config).check()
         except ModelError as exc:

@@ -14,7 +14,6 @@ from dynamo_redis.errors import ConfigError, ModelError
 from dynamo_redis.llm.model_names import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
 from dynamo_redis.llm.publishers import place_of
 from dynamo_redis.models.card import ModelCard, ModelKind, RuntimeConfig
-from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
 from dynamo_redis.names import EndpointName
@@ -220,6 +219,8 @@ def read_model(path: Path, template: Path | None, context_length: int | None) ->
         raise ModelError(f"there is no {path}: name a directory on this machine, nothing is downloaded")
     model = read_model_directory(path, context_length=context_length, chat_template=template)
     if model.chat_templates and find_spec("jinja2"):  # without jinja2 only the frontend can tell
+        from dynamo_redis.models.chat_template import ChatTemplate
+
         ChatTemplate(model.chat_templates, model.tokenizer_config).check()
     return model
 

@@ -6,6 +6,8 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,15 @@ def test_names_take_the_same_parameters(module: str) -> None:
 
 def parameters(value: Any) -> list[str]:
     return [name for name in inspect.signature(value).parameters if name != "self"]
+
+
+def test_modules_need_no_extras() -> None:
+    """A worker of tokens needs neither HTTP nor templates nor ZeroMQ."""
+    absent = ("aiohttp", "httptools", "jinja2", "opentelemetry", "starlette", "tokenizers", "uvicorn", "zmq")
+    own = [module.replace("dynamo", "dynamo_redis", 1) for module in MODULES]
+    lines = [
+        "import sys",
+        *(f"sys.modules[{name!r}] = None" for name in absent),
+        *(f"import {module}" for module in ("dynamo_redis._core", *own)),
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
