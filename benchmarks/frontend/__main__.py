@@ -10,6 +10,8 @@ F7  longest pause of the event loop under long prompts
 F8  CPU time a request, two frontend processes on one port against one (`two_processes`)
 F9  pause of an answer whose worker is killed (`kills`)
 F10 requests/s in front of HTTP engines, against gateways written in Rust (`gateways`)
+F11 CPU time of a streamed token with parsers of tool calls and reasoning, against none (`parsing`)
+F12 golden tool calls and reasoning that are parsed right
 F13 CPU time while three browsers look at the dashboard, with 1,000 workers (`dashboard`)
 
 `--rows F1,F2` runs some.
@@ -22,6 +24,7 @@ from benchmarks.frontend.dashboard import dashboard
 from benchmarks.frontend.gateways import GATEWAYS, against_gateways
 from benchmarks.frontend.kills import kills
 from benchmarks.frontend.latency import first_tokens, pauses
+from benchmarks.frontend.parsing import golden_answers, on_against_off
 from benchmarks.frontend.prompts import NoTokenizer, tokenizer_source
 from benchmarks.frontend.sides import DYNAMO_FRONTEND, FASTAPI_NEEDS
 from benchmarks.frontend.two_processes import two_against_one
@@ -49,6 +52,12 @@ BOUNDS: Bounds = {
         0.6,
         0.9,
     ),
+    "F11": ("tool parser: CPU a streamed token with tools on ÷ off", 1.5, 1.1),
+    "F12": (
+        "golden tool-call and reasoning cases parsed right, whole and at each split point, %",
+        100 - 1e-9,  # below the aim: more is better
+        100,
+    ),
     "F13": (
         "dashboard with 1,000 workers: CPU of the frontend while three browsers look, % of a core",
         10,
@@ -67,6 +76,8 @@ GROUPS: Groups = (
     (("F8",), two_against_one),
     (("F9",), kills),
     (("F10",), against_gateways),
+    (("F11",), on_against_off),
+    (("F12",), golden_answers),
     (("F13",), dashboard),
 )
 """The rows of each measurement."""

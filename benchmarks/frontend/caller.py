@@ -29,6 +29,16 @@ END_OF_BODY: Final = b"\r\n0\r\n\r\n"
 MOST_PER_S: Final = 4000
 """More requests a second than any side answers: for so many, bodies are made ahead."""
 ANSWER_S: Final = 20.0
+TOOLS: Final = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Return the weather of a place.",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+        },
+    }
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class Load:
     answer_tokens: int = 64
     most_requests: int = 0
     """Bodies to make ahead; 0: enough for the time."""
+    has_tools: bool = False
 
     def as_line(self) -> str:
         """Return the load as a line for the caller."""
@@ -61,6 +72,7 @@ class Load:
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                **({"tools": TOOLS} if self.has_tools else {}),
             }
         ).encode()
         head = (
