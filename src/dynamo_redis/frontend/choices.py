@@ -13,7 +13,7 @@ from dynamo_redis.parsers.deltas import Delta
 from dynamo_redis.planes.context import Context
 
 Part = str | Delta
-"""A part of an answer. Without a parser each is a plain text."""
+"""A part of an answer. A plain text is content. Of parts that come together, all are texts, or none is."""
 
 
 class AnswerParser(Protocol):
@@ -22,6 +22,10 @@ class AnswerParser(Protocol):
     @property
     def has_calls(self) -> bool:
         """True once the model has called a tool."""
+        ...
+
+    def passes(self, texts: list[str]) -> bool:
+        """Return whether these texts are content as they are, and need not be fed."""
         ...
 
     def feed(self, text: str) -> list[Delta]:
@@ -81,7 +85,7 @@ class CompletionChoice:
         is_over = self.answer.finish_reason is not None
         if is_over and not texts[-1]:
             texts.pop()
-        if self.parser is None:
+        if self.parser is None or (not is_over and self.parser.passes(texts)):
             return texts
         deltas = [delta for text in texts for delta in self.parser.feed(text)]
         if is_over:

@@ -61,6 +61,15 @@ class AnswerParser:
         """True once a call is complete."""
         return self._calls.count > 0
 
+    def passes(self, texts: list[str]) -> bool:
+        """Return whether these texts are content as they are, so that there is no need to feed them."""
+        if self._reader.makes is not Text:
+            return False
+        gate = self._reader.gate
+        if len(texts) == 1:
+            return gate(texts[0]) is None
+        return all(gate(text) is None for text in texts)
+
     def feed(self, text: str) -> list[Delta]:
         """Return the deltas that a piece of the answer completes."""
         if self._whole is not None:

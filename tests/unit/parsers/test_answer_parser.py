@@ -163,6 +163,20 @@ def test_text_without_markers_is_passed_on_as_it_comes() -> None:
     assert list(parser.finish()) == []
 
 
+def test_text_that_may_begin_a_marker_does_not_pass() -> None:
+    parser = AnswerParser(TOOL_FORMATS["hermes"], REASONING_FORMATS["basic"])
+    assert not parser.passes(["Hi"]), "it may begin with reasoning"
+    parser.feed("Hi")
+    assert parser.passes([" you", "", "!"])
+    assert not parser.passes(["a", "<"])
+    parser.feed("<tool")
+    assert not parser.passes(["a"])
+    thinker = AnswerParser(None, REASONING_FORMATS["basic"], starts_inside=True)
+    thinker.feed("hm")
+    assert not thinker.passes(["a"])
+    assert not AnswerParser(TOOL_FORMATS["hermes"], streams=False).passes(["a"])
+
+
 def test_arguments_are_passed_on_as_they_come() -> None:
     parser = AnswerParser(TOOL_FORMATS["hermes"], new_id=lambda: "id")
     assert parser.feed('<tool_call>{"name": "f"') == []

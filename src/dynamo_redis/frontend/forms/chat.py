@@ -70,12 +70,14 @@ class ChatEncoder(ChunkEncoder):
 
     def parts(self, parts: Sequence[Part]) -> bytes:
         """See `ChoiceEncoder`."""
+        if parts and isinstance(parts[0], str):
+            return self.texts(parts)  # type: ignore[arg-type]
         return b"".join(
             [
-                self.texts([part])
-                if isinstance(part, str)
-                else self.texts([part.text])
+                self.texts([part.text])
                 if isinstance(part, Text)
+                else self.texts([part])
+                if isinstance(part, str)
                 else self._start + b'"delta":' + ascii_json(_delta(part)).encode() + _AFTER_DELTA
                 for part in parts
             ]
