@@ -44,7 +44,7 @@ class InstanceView(NamedTuple):
 
 
 class CardFacts(NamedTuple):
-    """What the model cards say of an instance: the models that it serves, and the blocks of its KV cache."""
+    """The facts of an instance in the cards: the models that it serves, and the blocks of its KV cache."""
 
     models: tuple[str, ...]
     total_blocks: int | None
