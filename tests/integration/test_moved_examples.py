@@ -137,7 +137,7 @@ async def test_custom_engine_answers_chats(
 ) -> None:
     own = {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
     interpreter = Interpreter(sys.executable, EXAMPLES, os.environ | own)
-    arguments = ("--model", str(DEMO_MODEL_PATH), "--delay", "0.01")
+    arguments = ("--model", str(DEMO_MODEL_PATH), "--delay", "0.05")
     async with interpreter.started("custom_engine/engine.py", *arguments) as worker:
         frontend = await deployment.frontend(mode="kv")
         await until_served(frontend)

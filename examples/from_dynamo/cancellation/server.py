@@ -19,7 +19,7 @@ async def count(request: int, context: Context) -> AsyncIterator[int]:
                 return
             yield sent
             sent += 1
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
     finally:
         print(f"server: {'stopped' if context.is_stopped() else 'ended'} after {sent} numbers", flush=True)
 
