@@ -64,7 +64,8 @@ HERE_BYTES: Final = 32 << 10
 HERE_MESSAGE_COUNT: Final = 64
 """The most messages of such a conversation: each takes some 10 to 30 µs."""
 
-HERE_LIMITS: Final = RenderLimits(0.05, 2 << 20)
+HERE_LIMIT_S: Final = 0.05
+HERE_LIMITS: Final = RenderLimits(HERE_LIMIT_S, 2 << 20)
 """The limits of a rendering on the event loop. The time is far above what one takes, since the
 machine may be busy."""
 

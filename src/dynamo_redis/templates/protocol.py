@@ -25,7 +25,8 @@ class RenderLimits(NamedTuple):
 
 RENDER_LIMITS: Final = RenderLimits(RENDER_LIMIT_S, 1 << 30)
 
-PROBE_LIMITS: Final = RenderLimits(1.0, 64 << 20)
+PROBE_LIMIT_S: Final = 1.0
+PROBE_LIMITS: Final = RenderLimits(PROBE_LIMIT_S, 64 << 20)
 """For the test renderings of one short message, when a model is loaded."""
 
 PROCESS_MEMORY_BYTES: Final = 256 << 20
