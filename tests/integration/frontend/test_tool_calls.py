@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.models.card import RuntimeConfig
 
 MESSAGES: Any = [{"role": "user", "content": "Weather?"}]
@@ -164,3 +169,33 @@ async def test_tools_of_a_large_body_are_known(frontend: Any) -> None:
         extra_body={"documents": [{"text": "x" * 100_000}]},
     )
     assert calls_of(choice) == [["f", '{"n": 1, "s": "1"}']]
+
+
+async def test_markers_that_are_special_tokens_are_found(frontend: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "special"
+    shutil.copytree(DEMO_MODEL_PATH, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    tokenizer = json.loads((directory / "tokenizer.json").read_bytes())
+    first_id = max(tokenizer["model"]["vocab"].values()) + 1
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for token_id, content in enumerate(("[TOOL_CALLS]", "[ARGS]", "[OTHER]"), first_id):
+        tokenizer["added_tokens"].append({"id": token_id, "content": content, **plain})
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = RuntimeConfig(tool_call_parser="mistral")
+    await frontend.runtime.publish("special", path=directory, runtime_config=config)
+    await frontend.until_served("special")
+    encode = frontend.worker.tokenizer.encode
+    answer = [first_id + 2, first_id, *encode("now"), first_id + 1, *encode("{}"), first_id + 2]
+
+    async def script(*_: object) -> AsyncGenerator[Any]:
+        for token_id in answer:
+            yield {"token_ids": [token_id]}
+        yield {"token_ids": [], "finish_reason": "stop"}
+
+    frontend.worker.script = script
+    request = {"model": "special", "messages": MESSAGES}
+    [choice] = (await frontend.client.chat.completions.create(**request, tools=TOOLS)).choices
+    assert calls_of(choice) == [["now", "{}"]]
+    assert len(choice.message.tool_calls[0].id) == 9
+    assert choice.message.content is None
+    [choice] = (await frontend.client.chat.completions.create(**request)).choices
+    assert choice.message.content == "now{}", "without tools, special tokens have no text"
