@@ -26,7 +26,7 @@ class Malformed(Exception):
 class Reader:
     """The part of a text that has arrived and is still needed."""
 
-    __slots__ = ("buffer", "ended", "gate", "makes", "mark", "position", "start")
+    __slots__ = ("buffer", "ended", "first", "gate", "makes", "mark", "position", "start")
 
     def __init__(self) -> None:
         self.buffer = ""
@@ -40,6 +40,8 @@ class Reader:
         """True once no further text comes."""
         self.makes: Callable[[str], Delta] | None = None
         """Makes the delta of further text, while that contains no character of the gate."""
+        self.first = ""
+        """The one character of the gate; empty if it has none, or several."""
         self.gate: Callable[[str], object] = _nothing
         """Returns something else than None for a text in which a marker may begin."""
 
@@ -101,7 +103,7 @@ class Reader:
 
         Raises Malformed if there are more than `limit` characters before it.
         """
-        search, _ = _compile(ends)
+        search, _, _ = _compile(ends)
         longest = max(map(len, ends))
         while True:
             found = search(self.buffer, self.position, self.position + limit + longest)
@@ -128,7 +130,7 @@ class Reader:
         no beginning of an end, without the reader. With `withheld`, the text between mark and
         position is white space that is given before other text, and left out before an end.
         """
-        search, gate = _compile(ends)
+        search, gate, first = _compile(ends)
         start = 0 if withheld else self.position - self.mark
         while True:
             size = len(self.buffer)
@@ -148,7 +150,7 @@ class Reader:
             if is_last:
                 return None
             if self.mark == size:
-                self.makes, self.gate = makes, gate
+                self.makes, self.gate, self.first = makes, gate, first
             yield
             self.makes = None
 
@@ -160,14 +162,16 @@ def _nothing(_: str) -> None:
 @lru_cache(maxsize=256)
 def _compile(
     ends: tuple[str, ...],
-) -> tuple[Callable[..., re.Match[str] | None], Callable[[str], object]]:
-    """Return the search for any of some literals, and that for a character with which one begins."""
+) -> tuple[Callable[..., re.Match[str] | None], Callable[[str], object], str]:
+    """Return the search for any of some literals, that for a character with which one begins, and this
+    character if there is one only."""
     if not ends:
-        return re.compile("(?!)").search, _nothing
+        return re.compile("(?!)").search, _nothing, ""
     first = "".join(sorted({end[0] for end in ends}))
     return (
         re.compile("|".join(re.escape(end) for end in ends)).search,
         re.compile(f"[{re.escape(first)}]").search,
+        first if len(first) == 1 else "",
     )
 
 
