@@ -143,7 +143,7 @@ class TestEngine:
                 f"vllm:num_requests_running{labels} {load.running_count:.1f}",
                 f"vllm:num_requests_waiting{labels} {load.waiting_count:.1f}",
             ]
-            if self.says_use and load.active_blocks is not None:
+            if self.says_use and load.active_blocks is not None and load.total_blocks:
                 lines.append(f"vllm:kv_cache_usage_perc{labels} {load.active_blocks / load.total_blocks}")
         return web.Response(text="\n".join(lines) + "\n")
 

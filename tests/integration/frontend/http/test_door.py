@@ -163,7 +163,8 @@ async def test_port_speaks_tls(open_frontend: OpenFrontend, tmp_path: Path) -> N
     assert frontend.url.startswith("https://")
     trust = ssl.create_default_context(cafile=str(authority.path))
     async with httpx.AsyncClient(base_url=frontend.url, verify=trust, timeout=20) as http:
-        client = openai.AsyncOpenAI(base_url=f"{frontend.url}/v1", api_key="none", http_client=http)
+        transport: Any = http  # some releases of the client are typed for a package of another name
+        client = openai.AsyncOpenAI(base_url=f"{frontend.url}/v1", api_key="none", http_client=transport)
         stream = await client.chat.completions.create(**BODY, stream=True)  # type: ignore[call-overload]
         text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
         assert text == "Hello, world! How are you?"

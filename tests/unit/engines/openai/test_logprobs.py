@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +22,11 @@ class NoTokens:
     def encode(self, text: str) -> list[int]:
         raise AssertionError
 
-    decode = encode_bytes = encode  # type: ignore[assignment]
+    def encode_bytes(self, text: str) -> list[int]:
+        raise AssertionError
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        raise AssertionError
 
 
 def test_vllm_is_asked_for_token_ids() -> None:
