@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from dynamo_redis.frontend.forms.messages import ANTHROPIC_ERRORS
@@ -22,22 +23,26 @@ def model_routes(models: LiveModels) -> list[Route]:
     async def list_models(request: Request) -> Response:
         served = models.served()
         if not _is_anthropic(request):
-            return JSONResponse({"object": "list", "data": [_for_openai(model) for model in served]})
+            return _json({"object": "list", "data": [_for_openai(model) for model in served]})
         listed = [_for_anthropic(model) for model in served]
         ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
-        return JSONResponse({"data": listed, "has_more": False, "first_id": None, "last_id": None, **ends})
+        return _json({"data": listed, "has_more": False, "first_id": None, "last_id": None, **ends})
 
     async def retrieve_model(request: Request) -> Response:
         name = request.path_params["model"]
         if not _is_anthropic(request):
-            return JSONResponse(_for_openai(models.named(name)))
+            return _json(_for_openai(models.named(name)))
         try:
-            return JSONResponse(_for_anthropic(models.named(name)))
+            return _json(_for_anthropic(models.named(name)))
         except ApiError as exc:
             status, body = ANTHROPIC_ERRORS.response(exc, uuid.uuid4().hex)
             return Response(body, status, media_type="application/json")
 
     return [Route("/v1/models", list_models), Route("/v1/models/{model:path}", retrieve_model)]
+
+
+def _json(value: Any) -> Response:
+    return Response(json.dumps(value, ensure_ascii=False), media_type="application/json")
 
 
 def _is_anthropic(request: Request) -> bool:
