@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 from starlette.applications import Starlette
@@ -35,6 +36,7 @@ from dynamo_redis.frontend.model_list import model_routes
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.token_count import token_count
+from dynamo_redis.frontend.tokenization import tokenization
 from dynamo_redis.names import EndpointName, with_hex_ids
 from dynamo_redis.store.base import Registry
 
@@ -73,9 +75,6 @@ def make_app(
         found = [*families(reading), *process_metrics()]
         return Response(await asyncio.to_thread(render, found), media_type=CONTENT_TYPE)
 
-    async def show_live(_: Request) -> Response:
-        return _json(200, {"status": "live"})
-
     admission = Admission(
         settings.max_http_in_flight_count, settings.max_http_queued_count, settings.http_queue_wait_s
     )
@@ -87,6 +86,7 @@ def make_app(
 
     served = {api.path: completions(api) for api in APIS}
     calls = {api.path: completions(api) for api in grpc_apis}
+    tokenize, detokenize = tokenization(models, preparation, bodies, settings, admission)
     app = Starlette(
         routes=[
             *model_routes(models),
@@ -96,8 +96,11 @@ def make_app(
             ),
             Route("/clear_kv_blocks", changes_state(clear_kv_blocks), methods=["POST"]),
             Route("/busy_threshold", busy_threshold(models), methods=["GET", "POST"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/version", _show_version),
             Route("/health", show_health),
-            Route("/live", show_live),
+            Route("/live", _show_live),
             Route("/metrics", show_metrics),
             *(dashboard.routes(metrics, admission) if dashboard is not None else ()),
         ],
@@ -142,6 +145,14 @@ def describe_served(model: NamedModel, models: LiveModels) -> ServedModel:
 
 async def _accept(scope: Scope, receive: Receive, send: Send) -> None:
     await send_json(send, 200, b"")
+
+
+async def _show_version(_: Request) -> Response:
+    return _json(200, {"version": version("dynamo-redis")})
+
+
+async def _show_live(_: Request) -> Response:
+    return _json(200, {"status": "live"})
 
 
 def _json(status: int, value: Any) -> Response:

@@ -110,15 +110,19 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _NO_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), AsGiven]
+Tools = Annotated[list[Tool], Field(fail_fast=True), AsGiven]
+
+
 class ChatBody(CompletionOptions):
     """`POST /v1/chat/completions`."""
 
     tag = b"c"
     further_parameters = parameters.CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), AsGiven]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True), AsGiven] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None

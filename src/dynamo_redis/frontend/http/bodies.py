@@ -16,6 +16,7 @@ from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody
 from dynamo_redis.frontend.responses_body import ResponsesBody
+from dynamo_redis.frontend.tokenize_body import TokenizeBody
 from dynamo_redis.frontend.tool_choice import typed_function
 from dynamo_redis.templates.protocol import MaskedText, render_job
 
@@ -23,7 +24,7 @@ MOST_OPTIONS_BYTES: Final = 256 << 10
 """Most bytes of all fields except those of the prompt, for a body that was parsed by the process."""
 
 _KINDS: Final[dict[bytes, type[RequestBody]]] = {
-    kind.tag: kind for kind in (ChatBody, TextBody, MessagesBody, CountBody, ResponsesBody)
+    kind.tag: kind for kind in (ChatBody, TextBody, MessagesBody, CountBody, ResponsesBody, TokenizeBody)
 }
 
 _HEAD: Final = Struct("<I")

@@ -17,6 +17,7 @@ from dynamo_redis import errors
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _UNAVAILABLE = "service_unavailable"
+_LONGEST_NAME = 256
 
 
 class ApiError(Exception):
@@ -78,9 +79,10 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 def model_not_found(model: str) -> ApiError:
     """Make the 404 for a model without workers."""
+    shown = model if len(model) <= _LONGEST_NAME else f"{model[:_LONGEST_NAME]}…"
     return ApiError(
         404,
-        f"The model `{model}` does not exist or is not served now: GET /v1/models lists the served models.",
+        f"The model `{shown}` does not exist or is not served now: GET /v1/models lists the served models.",
         param="model",
         code="model_not_found",
     )
