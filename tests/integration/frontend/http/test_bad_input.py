@@ -102,7 +102,7 @@ async def test_prompts_over_the_context_are_refused(frontend: Frontend, path: st
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 async def test_limits_out_of_range_are_refused(frontend: Frontend, path: str) -> None:
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"max_tokens": 0},
         {"max_tokens": -1},
         {"max_tokens": 1.5},
@@ -123,7 +123,8 @@ async def test_limits_out_of_range_are_refused(frontend: Frontend, path: str) ->
         {"stream_options": []},
         {"nvext": 7},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
-    ):
+    )
+    for change in changes:
         answer = await frontend.http.post(path, content=json.dumps({**GOOD[path], **change}).encode())
         check(path, answer, str(change)[:80])
     assert not frontend.worker.requests
