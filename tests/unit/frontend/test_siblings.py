@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_redis.frontend.http import siblings
-from dynamo_redis.frontend.http.siblings import answers, merge
+from dynamo_redis.frontend.http.siblings import answers, ask_siblings, merge
 
 TEXT = """# HELP requests_total Requests
 # TYPE requests_total counter
@@ -45,3 +46,14 @@ async def test_only_a_silent_process_does_not_answer(tmp_path: Path, monkeypatch
         listener.listen()
         monkeypatch.setattr(siblings, "ANSWER_S", 0.05)
         assert not await answers(tmp_path, 2)
+
+
+async def test_hung_process_is_told_from_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siblings, "ANSWER_S", 0.2)
+    with TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as hung:  # paths of sockets are short
+        hung.bind(f"{short}/1")
+        hung.listen()
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(f"{short}/2")
+        assert await ask_siblings(Path(short), "/dashboard/reading?0") == {"1": None}
+        assert await ask_siblings(Path(short), "/dashboard/reading?0", without="1") == {}
