@@ -45,7 +45,8 @@ def guided_calls(choice: ToolChoice, tools: Tools, *, one: bool) -> GuidedDecodi
     """Return the form of an answer that has to call a tool: the arguments of the named function, or a list of
     calls, of `one` call if so wanted. None if it need not.
 
-    Raises ApiError for a function whose parameters are no JSON schema.
+    Raises ApiError for a function whose parameters are no JSON schema, and for definitions of the same name
+    that differ between functions.
     """
     if not must_call(choice) or not tools:
         return None
@@ -59,9 +60,7 @@ def guided_calls(choice: ToolChoice, tools: Tools, *, one: bool) -> GuidedDecodi
             schema = json_object(function.get("parameters") or {"type": "object", "properties": {}}, param)
             schemas[function["name"]] = schema
             if name is None:  # references count from the root of the schema
-                for keyword in ("$defs", "definitions"):
-                    if isinstance(found := schema.get(keyword), dict):
-                        definitions.setdefault(keyword, {}).update(found)
+                _add_definitions(definitions, schema, param)
     if name is not None:
         return GuidedDecoding(json=schemas[name])
     calls = [
@@ -74,6 +73,21 @@ def guided_calls(choice: ToolChoice, tools: Tools, *, one: bool) -> GuidedDecodi
     ]
     form = {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": calls}, **definitions}
     return GuidedDecoding(json={**form, "maxItems": 1} if one else form)
+
+
+def _add_definitions(definitions: dict[str, Any], schema: Mapping[str, Any], param: str) -> None:
+    """Add the definitions of a function's schema to those of all functions."""
+    for keyword in ("$defs", "definitions"):
+        if not isinstance(found := schema.get(keyword), dict):
+            continue
+        known = definitions.setdefault(keyword, {})
+        for name, definition in found.items():
+            if known.setdefault(name, definition) != definition:
+                raise invalid(
+                    f"Tools define {name[:64]!r} in different ways: where 'tool_choice' demands a call of "
+                    "any tool, definitions of the same name must be the same.",
+                    f"{param}.{keyword}",
+                )
 
 
 def typed_function(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,14 @@ async def test_large_body_is_refused_with_the_same_words(frontend: Any) -> None:
     assert large.json()["error"]["code"] == "invalid_json"
 
 
+async def test_tools_are_named_as_what_is_too_large(frontend: Any) -> None:
+    tools = [{"function": {"name": "f", "parameters": {"description": "x" * 300_000}}}]
+    body = {"model": "demo", "messages": [USER], "tools": tools, "tool_choice": "required"}
+    response = await frontend.http.post(CHAT, json=body)
+    assert response.status_code == 400
+    assert "whole schemas if 'tool_choice' demands a call" in response.json()["error"]["message"]
+
+
 async def test_body_of_many_values_is_refused(open_frontend: Any) -> None:
     """It would take twenty times its size."""
     frontend = await open_frontend(max_body_bytes="8MiB")

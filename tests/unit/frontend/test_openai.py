@@ -12,6 +12,10 @@ from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 
 TOOLS: Any = [{"type": "function", "function": {"name": "f"}}]
+TWO_DEFINITIONS: Any = [
+    {"function": {"name": name, "parameters": {"type": "object", "$defs": {"Item": {"type": kind}}}}}
+    for name, kind in (("f", "string"), ("g", "integer"))
+]
 NAMED: Any = {"type": "function", "function": {"name": "f"}}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"model": "m", "prompt": "Hi"}
@@ -89,6 +93,7 @@ def refusal(kind: Any, content: bytes | dict[str, Any]) -> ApiError:
             {"tools": [{"function": {"name": "f", "parameters": 1}}], "tool_choice": "required"},
             "tools[0].function.parameters",
         ),
+        ({"tools": TWO_DEFINITIONS, "tool_choice": "required"}, "tools[1].function.parameters.$defs"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
@@ -203,3 +208,15 @@ def test_first_wrong_item_ends_the_check(kind: Any, content: dict[str, Any]) -> 
 
 def test_refusal_repeats_no_long_key() -> None:
     assert len(refusal(ChatBody, {**CHAT, "logit_bias": {"k" * 100_000: 1}}).body_bytes()) < 1000
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice"),
+    [
+        (TWO_DEFINITIONS, "auto"),
+        (TWO_DEFINITIONS, NAMED),
+        ([TWO_DEFINITIONS[0], {"function": {**TWO_DEFINITIONS[0]["function"], "name": "g"}}], "required"),
+    ],
+)
+def test_definitions_of_tools_that_do_not_meet_are_taken(tools: Any, choice: Any) -> None:
+    read_body(ChatBody, json.dumps({**CHAT, "tools": tools, "tool_choice": choice}).encode())

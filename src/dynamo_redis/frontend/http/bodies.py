@@ -90,7 +90,8 @@ def pack(job: bytearray) -> bytes:
         head = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
         if len(head) > MOST_OPTIONS_BYTES:
             raise invalid(
-                f"All fields but messages, prompt, tools and documents are over {MOST_OPTIONS_BYTES} bytes.",
+                f"All fields but messages, prompt and documents are over {MOST_OPTIONS_BYTES} bytes. Of "
+                "tools, names and types count, and whole schemas if 'tool_choice' demands a call.",
                 code="body_too_complex",
             )
     except ApiError as exc:
