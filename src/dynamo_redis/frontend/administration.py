@@ -51,7 +51,9 @@ def changes_state(change: Change) -> Handler:
                 code="unsupported_media_type",
             )
         try:
-            content = b"".join(await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES))
+            content = b"".join(
+                await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES, setting=None)
+            )
         except ClientGone:
             return Response(status_code=400)
         try:

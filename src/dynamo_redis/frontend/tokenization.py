@@ -77,7 +77,7 @@ def tokenization(
     async def detokenize(request: Request) -> dict[str, Any]:
         with admission.place() as place, bodies.hold() as held:
             limit = min(int(settings.max_body_bytes), DETOKENIZE_LIMIT_BYTES)
-            content = await read_limited(request.scope, request.receive, limit, held)
+            content = await read_limited(request.scope, request.receive, limit, held, setting=None)
             await place.take(request.receive)
             body = await asyncio.to_thread(read_body, DetokenizeBody, b"".join(content))
             model = _loaded(models, body.model, renders=None)

@@ -143,6 +143,13 @@ async def test_tools_are_named_as_what_is_too_large(frontend: Any) -> None:
     assert "whole schemas if 'tool_choice' demands a call" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/detokenize", "/busy_threshold"])
+async def test_limit_of_a_path_names_no_setting(frontend: Any, path: str) -> None:
+    response = await frontend.http.post(path, json={"model": "demo", "tokens": "x" * (4 << 20)})
+    assert response.status_code == 413
+    assert "bytes (of this path)" in response.json()["error"]["message"]
+
+
 async def test_body_of_many_values_is_refused(open_frontend: Any) -> None:
     """It would take twenty times its size."""
     frontend = await open_frontend(max_body_bytes="8MiB")

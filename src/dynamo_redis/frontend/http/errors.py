@@ -117,11 +117,11 @@ def model_broken(model: str, reason: str) -> ApiError:
     )
 
 
-def body_too_large(limit_bytes: int) -> ApiError:
-    """Make the 413 for a body over the limit."""
+def body_too_large(limit_bytes: int, setting: str | None) -> ApiError:
+    """Make the 413 for a body over the limit, which is that of a setting or of the path."""
     return ApiError(
         413,
-        f"The request body is over the limit of {limit_bytes} bytes (DYN_HTTP_BODY_LIMIT).",
+        f"The request body is over the limit of {limit_bytes} bytes ({setting or 'of this path'}).",
         code="body_too_large",
     )
 

@@ -63,12 +63,17 @@ class ClientGone(Exception):
 
 
 async def read_limited(
-    scope: Mapping[str, Any], receive: Receive, limit_bytes: int, held: HeldBody | None = None
+    scope: Mapping[str, Any],
+    receive: Receive,
+    limit_bytes: int,
+    held: HeldBody | None = None,
+    *,
+    setting: str | None = "DYN_HTTP_BODY_LIMIT",
 ) -> list[bytearray]:
     """Read the body. Return it in pieces: to join a large one takes long.
 
     Raises ApiError 413 for a body over the limit, 503 for one over the budget, and ClientGone. A refused body
-    is not held.
+    is not held. `setting` is that of the limit; None: the limit is the path's own.
 
     If the announced length is over the limit, the body is refused before it is sent if the client asked for
     that (`Expect: 100-continue`), or if it is too long to be read to its end. Else it is read and dropped:
@@ -86,14 +91,14 @@ async def read_limited(
     if announced is not None and announced > limit_bytes:
         if b"expect" not in headers and announced <= _MOST_DISCARDED:
             await discard(receive, 0)
-        raise body_too_large(limit_bytes)
+        raise body_too_large(limit_bytes, setting)
     pieces: list[bytearray] = []
     size = 0
     async for piece in _pieces(receive):
         size += len(piece)
         try:
             if size > limit_bytes:
-                raise body_too_large(limit_bytes)
+                raise body_too_large(limit_bytes, setting)
             if held is not None:
                 held.grow_to(size)
         except ApiError:
