@@ -27,8 +27,8 @@ Figure = float | list[float]
 class Row:
     """One line of a suite's table: medians over `rounds`, and the bounds that they must meet.
 
-    `ratio` is None where nothing is compared; then `ours` counts. An aim below the must, or equal to it,
-    means that lower is better. Where a row holds several figures, the one that counts and both bounds are
+    `ratio` is None where nothing is compared; then `ours` counts. An aim below the must means that lower is
+    better. If both are equal, the bound is one from above if it is 0, and else one from below. Where a row holds several figures, the one that counts and both bounds are
     lists of one length.
     """
 
@@ -56,7 +56,8 @@ class Row:
     @property
     def sign(self) -> str:
         """`≤` if figures must stay below the bounds, `≥` if above."""
-        return "≤" if as_list(self.aim)[0] <= as_list(self.must)[0] else "≥"
+        aim, must = as_list(self.aim)[0], as_list(self.must)[0]
+        return "≤" if aim < must or aim == must == 0 else "≥"
 
     def _reach(self, bounds: Figure) -> bool:
         pairs = list(zip(self.figures, as_list(bounds), strict=True))

@@ -28,3 +28,8 @@ def test_equal_bounds_mean_lower_is_better() -> None:
 
 def test_ratio_is_held_against_the_bounds_if_there_is_one() -> None:
     assert Row("P1", "", 5, 1, 0.5, 0.45, 0.65, 5).verdict == "must"
+
+
+def test_equal_bounds_above_zero_are_to_be_reached() -> None:
+    verdicts = [Row("F12", "", ours, None, None, 100, 100, 5).verdict for ours in (100.0, 99.9)]
+    assert verdicts == ["aim", "missed"]
