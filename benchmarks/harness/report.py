@@ -28,8 +28,8 @@ class Row:
     """One line of a suite's table: medians over `rounds`, and the bounds that they must meet.
 
     `ratio` is None where nothing is compared; then `ours` counts. An aim below the must means that lower is
-    better. If both are equal, the bound is one from above if it is 0, and else one from below. Where a row holds several figures, the one that counts and both bounds are
-    lists of one length.
+    better. If both are equal, the bound is one from above if it is 0, and else one from below. Where a row
+    holds several figures, the one that counts and both bounds are lists of one length.
     """
 
     id: str
