@@ -238,7 +238,9 @@ async def test_signal_lets_answers_finish(programs: Programs, deployment: Deploy
 async def test_hangup_lets_the_only_process_finish(programs: Programs, deployment: Deployment) -> None:
     """Without others there is no process to hand over to: it ends as by SIGTERM."""
     await deployment.worker(speedup_ratio=1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     frontend = programs.frontend()
+    signal.signal(signal.SIGHUP, before)
     url = await frontend.url()
     await until_healthy(url)
     async with (
