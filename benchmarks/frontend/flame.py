@@ -4,7 +4,7 @@
 parts into the README. With `--paced` the load is that of row F5, and the graph
 `results/frontend_flame_paced.svg`. py-spy reads another process's memory: that takes root, or
 `kernel.yama.ptrace_scope` 0. It records the frontend's own process; the CPU time of its children, which
-render templates, is that of the kernel. py-spy stops the process for each sample, so figures in ms are higher
+render the templates that it does not, is that of the kernel. py-spy stops the process for each sample, so figures in ms are higher
 than those of the rows.
 """
 
@@ -47,7 +47,7 @@ AROUND_S: Final = 3.0
 
 CHILDREN: Final = "template: its process"
 GROUPS: Final = (
-    ("template: asking for it", r"dynamo_redis/(templates/|models/chat_template|jobs/)"),
+    ("template: rendering", r"dynamo_redis/(templates/|models/chat_template|jobs/)"),
     ("tokenize", r"\b(encode|tokenize)\b.* \(dynamo_redis/frontend/|dynamo_redis/frontend/tokenizing"),
     ("detokenize", r"dynamo_redis/frontend/(tokens|answers)"),
     ("SSE and its writes to sockets", r"EventResponse\.|dynamo_redis/frontend/(http/sse|forms/)"),
