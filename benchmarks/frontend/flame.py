@@ -4,8 +4,8 @@
 parts into the README. With `--paced` the load is that of row F5, and the graph
 `results/frontend_flame_paced.svg`. py-spy reads another process's memory: that takes root, or
 `kernel.yama.ptrace_scope` 0. It records the frontend's own process; the CPU time of its children, which
-render the templates that it does not, is that of the kernel. py-spy stops the process for each sample, so figures in ms are higher
-than those of the rows.
+render the templates that it does not, is that of the kernel. py-spy stops the process for each sample, so
+figures in ms are higher than those of the rows.
 """
 
 from __future__ import annotations
