@@ -60,18 +60,20 @@ class Masking:
         return value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _texts(key)
-            yield from _texts(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _texts(each)
-        if len(parts := _parts(value)) > 1:
-            yield "".join(parts)  # a template may write them without anything between them
+def _texts(values: Any) -> Iterator[str]:
+    """Yield the texts in JSON values, in any order. Takes no longer for values that are nested deeply."""
+    pending = [values]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            pending.extend(value)
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            pending.extend(value)
+            if len(parts := _parts(value)) > 1:
+                yield "".join(parts)  # a template may write them without anything between them
 
 
 def _parts(values: Iterable[Any]) -> list[str]:

@@ -2,8 +2,10 @@
 
 Jinja's syntax tree tells. A template is quick if it uses only the operations that are named here. Each of
 them takes a time in proportion to its operands; the sandbox limits the sizes of these, and checks the time
-between two operations. No list can be made of lists, so a comparison takes no longer than its texts are long.
-Recursive loops, powers, products and most filters are not among these operations.
+between two operations, and before a comparison whose sides can both be large. No list can be made of lists,
+so a comparison takes no longer than its texts are long. A few methods take a time in proportion to a product:
+their arguments are short constants. Recursive loops, powers, products and most filters are not among these
+operations.
 """
 
 from __future__ import annotations
@@ -29,17 +31,22 @@ _NAMES_OF_LISTS: Final = {"caller", "kwargs", "varargs"}
 
 _FUNCTIONS: Final = {"namespace", "raise_exception", "strftime_now"}
 _METHODS: Final = {
-    *("endswith", "find", "get", "index", "items", "keys", "lower", "lstrip", "replace", "rsplit", "rstrip"),
-    *("split", "splitlines", "startswith", "strip", "title", "upper", "values"),
+    *("endswith", "find", "get", "index", "items", "keys", "lower", "replace", "split", "splitlines"),
+    *("startswith", "title", "upper", "values"),
 }
+_METHODS_OF_BOTH: Final = {"lstrip", "rsplit", "rstrip", "strip"}
+"""Methods that take a time in proportion to the product of the text's and the argument's lengths."""
+
+_LONGEST_ARGUMENT_CHARS: Final = 32
+"""The longest constant argument of such a method."""
+
 _FILTERS: Final = {
     *("capitalize", "count", "d", "default", "first", "int", "items", "join", "last", "length", "list"),
     *("lower", "replace", "safe", "string", "title", "tojson", "trim", "upper"),
 }
-_TESTS: Final = {
-    *("boolean", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "ge", "gt", "in"),
-    *("integer", "iterable", "le", "lower", "lt", "mapping", "ne", "none", "number", "odd", "sequence"),
-    *("string", "true", "undefined", "upper", "==", "!=", "<", "<=", ">", ">="),
+_TESTS: Final = {  # none that compares: the time is checked before the operators only
+    *("boolean", "defined", "divisibleby", "even", "false", "float", "integer", "iterable", "lower"),
+    *("mapping", "none", "number", "odd", "sequence", "string", "true", "undefined", "upper"),
 }
 
 _LONGEST_CHARS: Final = 64 << 10
@@ -82,10 +89,15 @@ def _is_quick(node: nodes.Node, callable_names: Collection[str]) -> bool:
             return (
                 node.dyn_args is None
                 and node.dyn_kwargs is None
-                and _is_quick_callee(node.node, callable_names)
+                and (_is_quick_callee(node.node, callable_names) or _is_quick_method(node))
             )
         case nodes.Filter():
-            return node.dyn_args is None and node.dyn_kwargs is None and node.name in _FILTERS
+            return (
+                node.dyn_args is None
+                and node.dyn_kwargs is None
+                and node.name in _FILTERS
+                and (node.name != "trim" or _has_short_arguments(node))
+            )
         case nodes.Test():
             return node.name in _TESTS
         case _:
@@ -100,6 +112,23 @@ def _is_quick_callee(callee: nodes.Node, names: Collection[str]) -> bool:
             return callee.attr in _METHODS
         case _:
             return isinstance(callee, nodes.EnvironmentAttribute)
+
+
+def _is_quick_method(call: nodes.Call) -> bool:
+    callee = call.node
+    return (
+        isinstance(callee, nodes.Getattr) and callee.attr in _METHODS_OF_BOTH and _has_short_arguments(call)
+    )
+
+
+def _has_short_arguments(call: nodes.Call | nodes.Filter) -> bool:
+    """Return whether all arguments are constants, and short ones if they are texts."""
+    values = [*call.args, *(keyword.value for keyword in call.kwargs)]
+    return all(
+        isinstance(value, nodes.Const)
+        and (not isinstance(value.value, str) or len(value.value) <= _LONGEST_ARGUMENT_CHARS)
+        for value in values
+    )
 
 
 def _is_target(node: nodes.Node) -> bool:

@@ -45,7 +45,8 @@ _ROUND_DIGITS = 300
 _DATE_FORM_CHARS = 256
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _DIGITS = re.compile(r"\d+")
-_PRINTF_FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
+_PRINTF_STAR = re.compile(r"%[^%*a-zA-Z]*\*")
+"""A field with a width or precision that is given as a value. No such field can have a key."""
 
 _WRITES_TEXT = {
     *("capitalize", "center", "e", "escape", "forceescape", "format", "indent", "lower", "pprint", "replace"),
@@ -101,6 +102,15 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
         super().visit_Getitem(node, frame)
         self.write(")" if is_slice else "")
 
+    def visit_Compare(self, node: jinja2.nodes.Compare, frame: jinja2.compiler.Frame) -> None:  # noqa: N802 - Jinja's name
+        """Compile comparisons behind a check of the time, but for those with a constant, which are quick."""
+        sides = (node.expr, *(operand.expr for operand in node.ops))
+        searches = any(operand.op in ("in", "notin") for operand in node.ops)
+        is_checked = searches or not any(isinstance(side, jinja2.nodes.Const) for side in sides)
+        self.write("(environment.check_time() or " if is_checked else "(")
+        super().visit_Compare(node, frame)
+        self.write(")")
+
     def _output_child_to_const(
         self, node: jinja2.nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any
     ) -> str:
@@ -137,6 +147,9 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             check = jinja2.nodes.EnvironmentAttribute("check_time")
             call = jinja2.nodes.Call(check, [], [], None, None)
             loop.body.insert(0, jinja2.nodes.ExprStmt(call).set_lineno(loop.lineno, override=True))
+            if loop.test is not None:  # items that it leaves out do not reach the body
+                has_time = jinja2.nodes.Not(call).set_lineno(loop.lineno, override=True)
+                loop.test = jinja2.nodes.And(has_time, loop.test).set_lineno(loop.lineno)
         return tree
 
     # ----------------------------------------------------------------- the budget
@@ -296,12 +309,12 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.expect(len(text) + count * len(new))
 
     def _expect_printf(self, form: str, values: Any) -> None:
-        fields = _PRINTF_FIELD.findall(form)
-        if any("*" in field for field in fields):
+        if _PRINTF_STAR.search(form):
             raise Runaway("the chat template gives the width of a field as a value")
-        widths = sum(int(digits or 0) for field in fields for digits in field)
+        # Any number may be a width: keys can have brackets in them, so only Python itself finds the fields.
+        widths = sum(map(int, _DIGITS.findall(form)))
         # A mapping's value may be written by each of the fields.
-        self.expect(len(form) + widths + len(fields) * _NUMBER_CHARS + len(fields) * self.text_chars(values))
+        self.expect(len(form) + widths + form.count("%") * (_NUMBER_CHARS + self.text_chars(values)))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Return `str.format` or `format_map` with a formatter that obeys the limits."""

@@ -11,6 +11,7 @@ import pytest
 
 from dynamo_redis.errors import ModelError, TemplateError
 from dynamo_redis.templates import rendering
+from dynamo_redis.templates.masking import Masking
 from dynamo_redis.templates.protocol import RENDER_LIMITS, RenderLimits
 from dynamo_redis.templates.rendering import CompiledTemplates, special_tokens
 
@@ -215,6 +216,7 @@ BOMBS = [
     "{{ '%10000000000d' % 1 }}",
     "{{ '%10000000000d' | format(1) }}",
     "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '%(a(b))10000000000d' % {'a(b)': 1} }}",
     "{{ '{:>10000000000}'.format(1) }}",
     "{{ '{:>{w}}'.format(1, w=10000000000) }}",
     "{{ '{x:>10000000000}'.format_map({'x': 1}) }}",
@@ -270,6 +272,36 @@ def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: p
     assert time.monotonic() - started < 5
 
 
+SEARCHED = "{% set t = 'a' * 500000 %}{% set p = 'a' * 1000 ~ 'b' %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SEARCHED + "{% for c in t[:9999] if p in t %}{% endfor %}",
+        SEARCHED + "{% if p in t %}{% endif %}" * 4000 + "{{ 1 + 1 }}",
+        "{{ ('%(' * 99999) % {} }}",
+    ],
+    ids=["filtered loop", "comparisons", "fields without an end"],
+)
+def test_slow_operations_are_stopped_in_time(source: str) -> None:
+    runaway = chat(
+        "{% if messages | length > 2 %}" + source + "{% endif %}", limits=RenderLimits(0.05, 1 << 30)
+    )
+    started_s = time.process_time()
+    with pytest.raises(TemplateError):
+        runaway.render(USER * 3)
+    assert time.process_time() - started_s < 2
+
+
+def test_names_are_masked_in_deeply_nested_values() -> None:
+    value: Any = "<|end|>"
+    for _ in range(5000):
+        value = [value]
+    assert Masking(["<|end|>"]).is_needed(value)
+    assert not Masking(["<|other|>"]).is_needed(value)
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -286,6 +318,8 @@ def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: p
         ),
         ("{{ 'a b'.split() | list }}{{ 'a-b'.split('-', 1)[1] }}{{ 'a'.replace('a', 'b') }}", "['a', 'b']bb"),
         ("{% for i in range(3) if i %}{{ loop.index }}{{ loop.last }}{% endfor %}", "1False2True"),
+        ("{% for i in range(5) if i > 1 and i != 3 %}{{ i }}{% endfor %}{{ 1 < 2 < 2 }}", "24False"),
+        ("{{ 'i' in messages[0].content }}{{ 'x' not in 'y' and not (1 == 2) }}", "TrueTrue"),
         ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) + m(none) }}", "<1><None>"),
         ("{{ {'a': [1, 2.5]} }}{{ {'a': 1}.items() | list }}{{ none }}", "{'a': [1, 2.5]}[('a', 1)]None"),
     ],
