@@ -50,6 +50,8 @@ class Calls:
         """Begin a call. Raises Malformed if there cannot be one of this name."""
         if name.split() != [name] or (self.only_tools and name not in self.tools):
             raise Malformed
+        if any("\ud800" <= character <= "\udfff" for character in name):  # it has no form in UTF-8
+            raise Malformed
         self.is_open = True
         self._index += 1
         self._add(CallBegin(self._index, call_id or self._new_id(), name))

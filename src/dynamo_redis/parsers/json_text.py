@@ -25,6 +25,8 @@ _PARTIAL_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _SCALAR: Final = re.compile(r"[-+.0-9A-Za-z]*")
 _NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORDS: Final = ("true", "false", "null")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+"""Half of a character, as an escape may write it. It has no form in UTF-8, and stays an escape."""
 
 Give = Callable[[str], None]
 
@@ -95,11 +97,17 @@ def string(reader: Reader, limit: int) -> Steps[str]:
     return text
 
 
+def written(value: Any) -> str:
+    """Return a value as JSON text that UTF-8 can write. Raises ValueError for a number that JSON lacks."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value) if _SURROGATE.search(text) else text
+
+
 def object_text(text: str) -> str | None:
     """Return a text as JSON if it is an object, strict or with line ends in strings; else None."""
     try:
         found: Any = json.loads(text, strict=False)
-        return json.dumps(found, ensure_ascii=False, allow_nan=False) if isinstance(found, dict) else None
+        return written(found) if isinstance(found, dict) else None
     except (ValueError, RecursionError):
         return None
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from dynamo_redis.parsers.calls import LONGEST_NAME, Calls, ToolFormat
 from dynamo_redis.parsers.json_calls import read_arguments, read_list
-from dynamo_redis.parsers.json_text import MOST_HELD
+from dynamo_redis.parsers.json_text import MOST_HELD, written
 from dynamo_redis.parsers.reader import Malformed, Reader, Steps
 
 # --------------------------------------------------------------------------- sections
@@ -193,27 +193,23 @@ class _Arguments:
     def read(self, key: str, ends: tuple[str, ...]) -> Steps[None]:
         """Read a value up to its end. Text is given as it comes, other values once they are complete."""
         give = self._calls.arguments
-        give(f"{', ' if self._count else '{'}{_json(key)}: ")
+        give(f"{', ' if self._count else '{'}{written(key)}: ")
         self._count += 1
         types = parameter_types(self._schemas.get(key))
         if types == {"string"} or not types:
             give('"')
-            end = yield from self._reader.pass_until(ends, lambda text: give(_json(text)[1:-1]))
+            end = yield from self._reader.pass_until(ends, lambda text: give(written(text)[1:-1]))
             if end is None:
                 raise Malformed
             give('"')
         else:
             text, _ = yield from self._reader.until(ends, MOST_HELD)
-            give(_json(_typed(text, types)))
+            give(written(_typed(text, types)))
 
     def end(self) -> None:
         """End the call."""
         self._calls.arguments("}" if self._count else "{}")
         self._calls.end()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def parameter_types(schema: Any) -> set[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import warnings
 from typing import Any, Final
 
 from dynamo_redis.parsers.calls import LONGEST_NAME, Calls, ToolFormat
 from dynamo_redis.parsers.json_calls import give_call
-from dynamo_redis.parsers.json_text import MOST_HELD
+from dynamo_redis.parsers.json_text import MOST_HELD, written
 from dynamo_redis.parsers.reader import Malformed, Reader, Steps
 
 _MOST_DEPTH: Final = 50
@@ -106,7 +105,7 @@ def _as_json(text: str) -> str:
         arguments = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
         if None in arguments:
             raise Malformed
-        return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        return written(arguments)
     except (ValueError, TypeError, RecursionError):
         raise Malformed from None
 

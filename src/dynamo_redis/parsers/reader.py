@@ -105,14 +105,18 @@ class Reader:
         """
         search, _, _ = _compile(ends)
         longest = max(map(len, ends))
+        searched = 0
+        """The characters behind the position with which no end begins."""
         while True:
-            found = search(self.buffer, self.position, self.position + limit + longest)
+            found = search(self.buffer, self.position + searched, self.position + limit + longest)
             if found is not None and found.start() - self.position <= limit:
                 text = self.buffer[self.position : found.start()]
                 self.position = found.end()
                 return text, found.group()
-            if len(self.buffer) - self.position >= limit + longest:
+            size = len(self.buffer) - self.position
+            if size >= limit + longest:
                 raise Malformed
+            searched = max(0, size - longest + 1)
             yield from self.more()
 
     def pass_until(

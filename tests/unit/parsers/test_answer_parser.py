@@ -1,6 +1,7 @@
 """Answers, whole and in pieces, become content, reasoning and calls: by golden cases and random cuts."""
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,46 @@ def test_many_markers_take_time_in_proportion() -> None:
     case = {"tool_parser": "hermes", "reasoning_parser": None}
     text = '<tool_call>{"name":"' * 20_000
     assert parse(case, [text], streams=False).content == text
+
+
+@pytest.mark.parametrize(
+    ("tool_parser", "begin", "end"),
+    [
+        ("qwen3_coder", "<function=f>\n<parameter=x>\n", "\n</parameter>\n</function>"),
+        ("glm45", "<tool_call>f\n<arg_key>x</arg_key><arg_value>", "</arg_value></tool_call>"),
+    ],
+)
+def test_long_parameters_take_time_in_proportion(tool_parser: str, begin: str, end: str) -> None:
+    tools = {"f": {"properties": {"x": {"type": "array"}}}}
+    parser = AnswerParser(TOOL_FORMATS[tool_parser], tools=tools)
+    text = begin + "[" + "1," * 50_000 + "1]" + end
+    started_s = time.process_time()
+    deltas = [delta for at in range(0, len(text), 2) for delta in parser.feed(text[at : at + 2])]
+    deltas += parser.finish()
+    assert time.process_time() - started_s < 4
+    arguments = "".join(delta.text for delta in deltas if isinstance(delta, CallArguments))
+    assert len(json.loads(arguments)["x"]) == 50_001
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("tool_parser", "text"),
+    [
+        ("pythonic", r"[f(x='\ud800')]"),
+        ("pythonic", r"[f(x={'\ud800': 1})]"),
+        ("hermes", r'<tool_call>{"name": "f", "arguments": "{\"x\": \"\\ud800\"}"}</tool_call>'),
+        ("hermes", r'<tool_call>{"name": "\ud800", "arguments": {}}</tool_call>'),
+        ("qwen3_coder", r'<function=f><parameter=x>["\ud800"]</parameter></function>'),
+        ("glm45", r'<tool_call>f<arg_key>x</arg_key><arg_value>["\ud800"]</arg_value></tool_call>'),
+    ],
+)
+def test_half_characters_stay_escapes(tool_parser: str, text: str, streams: bool) -> None:
+    tools = {"f": {"properties": {"x": {"type": "array"}}}}
+    parser = AnswerParser(TOOL_FORMATS[tool_parser], tools=tools, streams=streams)
+    deltas = [*parser.feed(text), *parser.finish()]
+    assert r"\ud800" in "".join(delta.text for delta in deltas if not isinstance(delta, CallBegin))
+    for delta in deltas:
+        (delta.name if isinstance(delta, CallBegin) else delta.text).encode()
 
 
 def test_text_without_markers_is_passed_on_as_it_comes() -> None:
