@@ -37,6 +37,10 @@ CHECKED_CALLS: Final = ("ServerMetadata", "ModelMetadata", "ModelConfig")
 """Calls that need no worker, but a key where one is asked for."""
 
 
+OPENING: Final = "ModelStreamInfer/open"
+"""The opening of a stream. Its key is checked at once: a stream counts as a call, also without a request."""
+
+
 def path_of(method: str) -> str:
     """Return the path of a call."""
     return f"/{SERVICE}/{method}"
@@ -44,6 +48,6 @@ def path_of(method: str) -> str:
 
 ERROR_FORMS: Final[Mapping[str, ErrorForm]] = {
     **{api.path: KSERVE_ERRORS for api in (INFER, STREAM_INFER)},
-    **{path_of(method): KSERVE_ERRORS for method in CHECKED_CALLS},
+    **{path_of(method): KSERVE_ERRORS for method in (*CHECKED_CALLS, OPENING)},
 }
 """The form of errors of each path."""

@@ -24,7 +24,14 @@ from starlette.types import ASGIApp
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.protocol import DRAIN_SEND_S
 from dynamo_redis.frontend.kserve import inference_pb2 as pb
-from dynamo_redis.frontend.kserve.apis import CHECKED_CALLS, INFER, SERVICE, STREAM_INFER, path_of
+from dynamo_redis.frontend.kserve.apis import (
+    CHECKED_CALLS,
+    INFER,
+    OPENING,
+    SERVICE,
+    STREAM_INFER,
+    path_of,
+)
 from dynamo_redis.frontend.kserve.app_request import AppRequest, Call, time_left_s
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.status import Refusal, refusal_of
@@ -125,7 +132,8 @@ class InferenceService:
     async def _stream_infer(self, _: Any, call: Call) -> None:
         """Serve ModelStreamInfer. A client that does not read is not waited for at the shutdown."""
         with self._open():
-            refusal = await self._answer_requests(call)
+            refusal = await self._run(path_of(OPENING), b"", call, _ignore)
+            refusal = refusal or await self._answer_requests(call)
         if refusal is not None:
             await _abort(call, refusal)
 

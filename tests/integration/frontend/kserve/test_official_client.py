@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from tests.integration.frontend.conftest import Frontend, OpenFrontend
+from tests.kserve_client import infer_request, kserve_client
 
 TEXT = "Hello, world! How are you?"
 
@@ -167,3 +169,15 @@ async def test_calls_but_those_of_health_need_a_key(open_frontend: OpenFrontend)
                     await call(headers=headers)
                 assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
             await call(headers=right)
+
+
+async def test_streams_without_a_key_take_no_place(open_frontend: OpenFrontend) -> None:
+    frontend = await open_frontend(
+        kserve_grpc_server=True, grpc_port=0, http_api_key="sk-right", max_http_connections_count=2
+    )
+    async with kserve_client(frontend.grpc_port) as client, asyncio.timeout(30):
+        for _ in range(3):
+            stream = client.stream()  # sends no request
+            assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
+        right = (("authorization", "Bearer sk-right"),)
+        assert (await client.answer(infer_request(), metadata=right)).outputs
