@@ -16,9 +16,9 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import unquote
 
 import msgpack
@@ -50,6 +50,8 @@ ACCEPT_AFTER_S: Final = 0.5
 
 MAX_IDLE_SESSIONS: Final = 256
 """The most sessions of HTTP connections without requests."""
+
+T = TypeVar("T")
 
 BODY_IDLE_S: Final = 60.0
 """Longest time between two parts of a request's body, and before the first message of a request stream. Its
@@ -305,16 +307,12 @@ class _Body:
         if self._announced.isdigit() and int(self._announced) > self._limit_bytes:
             raise PayloadTooLarge(size_bytes=int(self._announced), limit_bytes=self._limit_bytes)
         parts: list[bytes] = []
-        while (part := await self._next_in_time()) is not None:
+        while (part := await _in_time(self._next())) is not None:
             self._hold(self._held_bytes + len(part))
             parts.append(part)
             if self._announced == b"%d" % self._held_bytes:  # whole: its end costs a further turn
                 break
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    async def _next_in_time(self) -> bytes | None:
-        async with _body_idle_time():
-            return await self._next()
 
     def _hold(self, size_bytes: int) -> None:
         """Count the bytes that are held now. Raises PayloadTooLarge and Overloaded."""
@@ -374,13 +372,16 @@ class _Body:
         self._held_bytes = 0
 
 
-@asynccontextmanager
-async def _body_idle_time() -> AsyncIterator[None]:
-    """Bound the wait for a part of a body. Raises InvalidRequest."""
+async def _in_time(part: Awaitable[T]) -> T:
+    """Wait for a part of a body. Raises InvalidRequest if it does not come.
+
+    A generator as context manager would tie the exception and its own frame to each other. They would hold
+    the request, and so its connection, until the garbage collector runs.
+    """
     limit = asyncio.timeout(BODY_IDLE_S)
     try:
         async with limit:
-            yield
+            return await part
     except TimeoutError:
         if not limit.expired():
             raise
@@ -396,8 +397,7 @@ async def _read_request(
     try:
         async with limit:
             if messages is not None:
-                async with _body_idle_time():
-                    return await anext(messages, None)
+                return await _in_time(anext(messages, None))
             data = await body.read()
     except TimeoutError:
         if not limit.expired():

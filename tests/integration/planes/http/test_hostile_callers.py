@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -540,6 +541,25 @@ async def test_body_that_never_comes_has_a_deadline(hasty: Hosted, monkeypatch: 
     async with h2_caller(hasty) as caller:
         stream = caller.request(hasty.headers("echo", ("content-length", "100")), None)
         assert problem_of(await caller.answer(stream)) == (400, "invalid_request")
+
+
+async def test_unfinished_bodies_end_without_garbage_collection(
+    hasty: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection is open for as long as its refused request is in memory."""
+    monkeypatch.setattr(app, "BODY_IDLE_S", 0.2)
+    gc.disable()
+    try:
+        async with AsyncExitStack() as opened:
+            pairs = [await opened.enter_async_context(connect(hasty)) for _ in range(12)]
+            for _, writer in pairs:
+                writer.write(hasty.head("echo", "Content-Length: 100") + b"1")
+            for reader, _ in pairs:
+                assert problem_of(await read_answer(reader)) == (400, "invalid_request")
+            for reader, _ in pairs:
+                assert await read_all(reader) == b""
+    finally:
+        gc.enable()
 
 
 async def test_request_that_never_comes_has_its_deadline(host: Hosted) -> None:
