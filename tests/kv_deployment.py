@@ -277,21 +277,24 @@ def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
     ]
 
 
-def shorten_pauses(patch: pytest.MonkeyPatch) -> None:
+def shorten_pauses(patch: pytest.MonkeyPatch, *, verify_s: float = 0.1) -> None:
     """Shorten the pauses that tests would wait for; the order of events stays the same."""
     patch.setattr(followers, "BLOCK_S", 0.1)
     patch.setattr(readers, "CHECK_S", 0.1)
     patch.setattr(recovery, "ASK_ALL_PAUSE_S", 0.1)
     patch.setattr(members, "TICK_S", 0.2)
-    patch.setattr(indexer_module, "VERIFY_S", 0.1)
+    patch.setattr(indexer_module, "VERIFY_S", verify_s)
 
 
 @asynccontextmanager
-async def deployment(url: str, prefix: str, **settings: Any) -> AsyncIterator[Deployment]:
-    """Yield a deployment without workers and routers yet."""
+async def deployment(
+    url: str, prefix: str, *, verify_s: float = 0.1, **settings: Any
+) -> AsyncIterator[Deployment]:
+    """Yield a deployment without workers and routers yet. Its routers ask all workers `verify_s` after their
+    start."""
     made = Deployment(url, prefix, **settings)
     with pytest.MonkeyPatch.context() as patch:
-        shorten_pauses(patch)
+        shorten_pauses(patch, verify_s=verify_s)
         try:
             yield made
         finally:

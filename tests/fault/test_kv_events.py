@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from dynamo_redis.events import publisher as event_publisher
-from dynamo_redis.router.index import indexer, members, recovery
+from dynamo_redis.router.index import members, recovery
 from dynamo_redis.store.event_base import NewEntry
 from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.server import EmbeddedServer
 from dynamo_redis.wire.event import EventBatch
 from faults.proxy import STALL, Conditions, Proxy
-from tests.kv_deployment import STREAM, Deployment, deployment, differences, flush, indexed_blocks, wait_until
+from tests import kv_deployment
+from tests.kv_deployment import STREAM, Deployment, differences, flush, indexed_blocks, wait_until
 
 NO_ANSWERS = Conditions(swallow_answers=True)
+
+deployment = partial(kv_deployment.deployment, verify_s=1000.0)
+"""No router asks its workers just because it has started: that would heal what a fault left unasked."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +39,6 @@ def no_defects(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def deployed(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[Deployment]:
     async with deployment(dynamo_redis_url, dynamo_redis_prefix) as made:
         yield made
-
-
-@pytest.fixture(autouse=True)
-def asked_for_faults_alone(deployed: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No router asks its workers just because it has started: that would heal what a fault left unasked."""
-    monkeypatch.setattr(indexer, "VERIFY_S", 1000.0)
 
 
 @pytest.fixture
