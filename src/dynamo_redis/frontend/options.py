@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, cast
 
@@ -107,7 +108,7 @@ _SAMPLING = (
 )
 
 
-class RequestBody(BaseModel):
+class RequestBody(BaseModel, ABC):
     """The body of a request for an answer. Null is the same as absent."""
 
     model_config = _FURTHER
@@ -120,9 +121,9 @@ class RequestBody(BaseModel):
         if self.model_extra:
             self.further_parameters.check(self.model_extra, type(self).model_fields)
 
+    @abstractmethod
     def options(self) -> CompletionOptions:
         """Return what is asked for, as the body of a chat or a text completion. Raises ApiError."""
-        raise NotImplementedError
 
     def notes(self) -> bytes:
         """Return what the form of the answer needs of the body, besides its options."""

@@ -54,39 +54,31 @@ async def test_requests_over_the_time_end_with_errors(
     assert "3 that have not ended are cut off (DYN_GRACEFUL_SHUTDOWN_S)" in lines[0]
 
 
+async def end_before_a_client_that_does_not_read(deployment: Deployment, drain_s: float) -> None:
+    """Fill a client's connection, shut the frontend down, and wait for its end."""
+    worker = await deployment.worker()
+    frontend = await deployment.frontend({"drain_s": drain_s}, mode="round_robin")
+    await until_served(frontend)
+    process = deployment.processes[-1]
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((frontend.base_url.host, frontend.base_url.port))
+        content = json.dumps({**LONG, "n": 64, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        client.sendall(head.encode() + content)
+        await until(lambda: worker.engine.request_count == 64)
+        process.runtime.shutdown()
+        async with asyncio.timeout(WITHIN_S):
+            await process.serving
+
+
 async def test_client_that_does_not_read_delays_no_shutdown(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "DRAIN_SEND_S", 0.2)
-    worker = await deployment.worker()
-    frontend = await deployment.frontend({"drain_s": 3600}, mode="round_robin")
-    await until_served(frontend)
-    process = deployment.processes[-1]
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((frontend.base_url.host, frontend.base_url.port))
-        content = json.dumps({**LONG, "n": 64, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-        client.sendall(head.encode() + content)
-        await until(lambda: worker.engine.request_count == 64)
-        process.runtime.shutdown()
-        async with asyncio.timeout(WITHIN_S):
-            await process.serving
+    await end_before_a_client_that_does_not_read(deployment, drain_s=3600)
 
 
 async def test_full_connection_delays_the_end_briefly(deployment: Deployment) -> None:
     """The error of its request cannot be written, so it is dropped."""
-    worker = await deployment.worker()
-    frontend = await deployment.frontend({"drain_s": 0.5}, mode="round_robin")
-    await until_served(frontend)
-    process = deployment.processes[-1]
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((frontend.base_url.host, frontend.base_url.port))
-        content = json.dumps({**LONG, "n": 64, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-        client.sendall(head.encode() + content)
-        await until(lambda: worker.engine.request_count == 64)
-        process.runtime.shutdown()
-        async with asyncio.timeout(WITHIN_S):
-            await process.serving
+    await end_before_a_client_that_does_not_read(deployment, drain_s=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Self
 
@@ -29,7 +30,7 @@ class OpenAiErrors:
 OPENAI_ERRORS: Final[ErrorForm] = OpenAiErrors()
 
 
-class CompletionForm:
+class CompletionForm(ABC):
     """The form of a completion. Subclasses say how a choice looks."""
 
     id_prefix: ClassVar[str]
@@ -80,13 +81,13 @@ class CompletionForm:
         start = f'data: {{{fields},{usage}"choices":[{{"index":{index},'
         return start.encode(errors="replace")
 
+    @abstractmethod
     def content(self, choice: CompletionChoice) -> dict[str, Any]:
         """Return the fields of a whole choice that hold its answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, choice: CompletionChoice) -> dict[str, Any]:
         """Return the log probabilities of a whole answer."""
-        raise NotImplementedError
 
     def whole(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
         """See `ResponseForm`."""
