@@ -82,6 +82,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
                 migration_limit=model_settings.model_migration_limit,
                 tool_call_parser=model_settings.tool_call_parser,
                 reasoning_parser=model_settings.reasoning_parser,
+                modalities=engine_settings.engine_modalities,
                 on_ready=announce_ready,
             )
 

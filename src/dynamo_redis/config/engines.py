@@ -29,6 +29,13 @@ def _check_reasoning_parser(name: str) -> str:
     return check_reasoning_parser(name)
 
 
+def _check_modalities(value: str) -> str:
+    names = [name.strip().lower() for name in value.split(",")]
+    if unknown := [name for name in names if name not in ("image", "audio", "video")]:
+        raise ValueError(f"{unknown[0]!r} is none of image, audio, video")
+    return ",".join(sorted(set(names)))
+
+
 class ModelSettings(SettingsGroup):
     """The model of a worker."""
 
@@ -134,6 +141,12 @@ class OpenAIEngineSettings(SettingsGroup):
         "DYN_ENGINE_PROMPT",
         "auto",
         "Form of the prompts: ids (token ids), text, or auto (ids, and text if the engine refuses ids).",
+    )
+    engine_modalities: Annotated[str, AfterValidator(_check_modalities)] | None = setting(
+        "DYN_ENGINE_MODALITIES",
+        None,
+        "Parts beside text that the engine reads in its chat completions, with commas between them: image, "
+        "audio, video. Unset: frontends refuse them.",
     )
     engine_health_path: Annotated[str, Field(pattern="^/")] | None = setting(
         "DYN_ENGINE_HEALTH_PATH",

@@ -67,6 +67,7 @@ async def serve_engine(
     health_check_payload: dict[str, Any] | None = None,
     tool_call_parser: str = AUTO,
     reasoning_parser: str = AUTO,
+    modalities: str | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the engine at `endpoint` (`namespace.component.generate`) until the runtime shuts down.
@@ -96,6 +97,8 @@ async def serve_engine(
         tool_call_parser: the format of the tool calls in answers, by Dynamo's name; `auto`: by the model's
             chat template.
         reasoning_parser: the format of the reasoning in answers, likewise.
+        modalities: the parts beside text that the engine reads in `GenerateRequest.chat`, such as
+            `audio,image`.
         on_ready: called with a line of text for the user when callers can find the model.
     """
     name = EndpointName.parse(endpoint)
@@ -117,6 +120,7 @@ async def serve_engine(
             event_plane=runtime.settings.events.event_plane,
             tool_call_parser=None if tool_call_parser == AUTO else tool_call_parser,
             reasoning_parser=None if reasoning_parser == AUTO else reasoning_parser,
+            modalities=modalities.split(",") if modalities else None,
         )
         follower = CardFollower(engine, model, model_name, fixed, migration_limit, model_type)
         card = follower.first_card()

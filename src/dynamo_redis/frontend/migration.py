@@ -136,5 +136,6 @@ def can_move(request: GenerateRequest) -> bool:
     """Return whether the tokens of an answer are all that another worker needs to go on with it."""
     return (
         not request["sampling_options"].get("guided_decoding")
+        and "chat" not in request  # its engine makes the prompt, and would not go on behind tokens
         and request["stop_conditions"].get("max_thinking_tokens") is None
     )

@@ -34,6 +34,8 @@ class LoadedModel:
     context_length: int
     completes_text: bool = True
     parsing: Parsing = PLAIN
+    modalities: frozenset[str] = frozenset()
+    """The modalities beside text that its engines read in chats."""
     read_tokenizer: Callable[[], bytes] | None = None
     """Reads the tokenizer's file again. Blocks. Raises ModelError."""
 
@@ -99,5 +101,6 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
         context_length=files.context_length,
         completes_text=card.model_type != "chat",
         parsing=Parsing.of(card, files.chat_templates),
+        modalities=frozenset(card.runtime_config.modalities or ()),
         read_tokenizer=files.read_tokenizer,
     )

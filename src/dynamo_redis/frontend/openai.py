@@ -11,11 +11,21 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WrapValidator,
+)
 from typing_extensions import TypedDict
 
 from dynamo_redis.frontend import parameters
 from dynamo_redis.frontend.http.errors import ApiError, invalid
+from dynamo_redis.frontend.media import MODALITY_OF, PART_ROLES
 from dynamo_redis.frontend.options import (
     MAX_LOGPROBS,
     CompletionOptions,
@@ -45,13 +55,82 @@ def _check_only(value: Any, check: Callable[[Any], Any]) -> Any:
 AsGiven = WrapValidator(_check_only)
 
 
-class ContentPart(TypedDict):
-    """One part of a message's content; only text can be served."""
+class TextPart(TypedDict):
+    """A text as one part of a message's content. Its check names all types: other parts have their own."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
-    type: Literal["text", "refusal"]
+    type: Literal["text", "refusal", "image_url", "input_audio", "audio_url", "video_url"]
     text: NotRequired[str]
     refusal: NotRequired[str]
+
+
+def _check_url(url: str) -> str:
+    # An engine may read its own files by `file:` URLs.
+    if not url[:8].lower().startswith(("http://", "https://", "data:")):
+        raise ValueError("Input should be an http, https or data URL")
+    return url
+
+
+class MediaUrl(TypedDict):
+    """The address of an image, a sound or a video, or its content as a data URL."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    url: Annotated[str, AfterValidator(_check_url)]
+
+
+class AudioData(TypedDict):
+    """A sound, in base64."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    data: Annotated[str, Field(min_length=1)]
+    format: str
+
+
+class ImagePart(TypedDict):
+    """An image."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    type: Literal["image_url"]
+    image_url: MediaUrl
+
+
+class AudioPart(TypedDict):
+    """A sound with its content."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    type: Literal["input_audio"]
+    input_audio: AudioData
+
+
+class AudioUrlPart(TypedDict):
+    """A sound by its address."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    type: Literal["audio_url"]
+    audio_url: MediaUrl
+
+
+class VideoPart(TypedDict):
+    """A video."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    type: Literal["video_url"]
+    video_url: MediaUrl
+
+
+def _part_tag(value: object) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"<{kind}>" if isinstance(kind, str) and kind in MODALITY_OF else "<text>"
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[AudioPart, Tag("<input_audio>")]
+    | Annotated[AudioUrlPart, Tag("<audio_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")],
+    Discriminator(_part_tag),
+]
 
 
 class CalledFunction(TypedDict):
@@ -157,6 +236,8 @@ class ChatBody(CompletionOptions):
                     f"Missing content of a message whose role is {message['role']!r}.",
                     f"messages[{index}].content",
                 )
+            if message["role"] not in PART_ROLES and isinstance(message.get("content"), list):
+                _check_text_only(index, message)
 
     def _read_sampling(self) -> SamplingOptions:
         """See `CompletionOptions`. A tool that has to be called is a form of the answer."""
@@ -189,6 +270,15 @@ class ChatBody(CompletionOptions):
             variables["reasoning_effort"] = self.reasoning_effort
             variables.setdefault("enable_thinking", self.reasoning_effort != "none")
         return variables
+
+
+def _check_text_only(number: int, message: Message) -> None:
+    for index, part in enumerate(message["content"] or ()):
+        if not isinstance(part, str) and part["type"] in MODALITY_OF:
+            raise invalid(
+                f"Messages whose role is {message['role']!r} have text alone.",
+                f"messages[{number}].content[{index}].type",
+            )
 
 
 def _prompt_tag(value: object) -> str | None:

@@ -66,7 +66,7 @@ class Preparation:
         Raises ApiError for a request that the model cannot serve, TemplateError, and Overloaded.
         """
         options = body.options
-        tokenized = await self.token_ids(model, body)
+        tokenized = await self._tokenized(model, body)
         seeds = [options.seed]
         if (choice_count := options.n or 1) > 1:
             first = options.seed if options.seed is not None else secrets.randbits(31)
@@ -85,6 +85,8 @@ class Preparation:
                     eos_token_ids=list(model.eos_token_ids),
                 )
                 request |= routing  # type: ignore[typeddict-item]
+                if body.media is not None:
+                    request |= {"chat": body.media.chat, "media_digest": body.media.digest}
                 if options.wanted_logprobs is not None:
                     request["output_options"] = {"logprobs": options.wanted_logprobs}
                 requests.append(request)
@@ -93,9 +95,28 @@ class Preparation:
     async def token_ids(self, model: LoadedModel, body: Body) -> list[list[int]]:
         """Return the tokens of each prompt. Raises ApiError, TemplateError, and Overloaded.
 
-        A prompt somewhat over the model's context is returned, too; one far over it is refused.
+        Refuses a chat with images or the like: only its engine knows the number of their tokens. A prompt
+        somewhat over the model's context is returned, too; one far over it is refused.
         """
+        if body.media is not None:
+            [place, *_] = body.media.places.values()
+            raise invalid(
+                f"Invalid value for '{place}': only an engine knows the number of tokens of such a part.",
+                place,
+            )
+        return await self._tokenized(model, body)
+
+    async def _tokenized(self, model: LoadedModel, body: Body) -> list[list[int]]:
+        if body.media is not None:
+            body.media.check(model.modalities, model.name)
         prompts = await self._render_prompts(model, body)
+        if body.media is not None and isinstance(prompts[0], MaskedText):
+            # The engine tokenizes the texts of such a chat itself, and would take the name for the token.
+            raise invalid(
+                "A text of a chat with images, audio or video has the name of a special token.",
+                "messages",
+                "unsupported_content",
+            )
         size = sum(map(len, prompts))
         if size <= model.tokenizer.inline_bytes and not isinstance(prompts[0], MaskedText):
             return tokenize(model, body.options, prompts)

@@ -73,6 +73,8 @@ class RuntimeConfig(StoredModel):
     """The parser of the tool calls in its answers; None: by the chat template."""
     reasoning_parser: str | None = None
     """The parser of the reasoning in its answers; None: by the chat template."""
+    modalities: list[str] | None = None
+    """The modalities beside text that its engine reads in a chat: `image`, `audio`, `video`."""
 
 
 class ModelCard(VersionedModel):
@@ -100,6 +102,8 @@ class ModelCard(VersionedModel):
         parsers = (self.runtime_config.tool_call_parser, self.runtime_config.reasoning_parser)
         if parsers != (None, None):
             content += parsers
+        if self.runtime_config.modalities:
+            content.append({"modalities": sorted(self.runtime_config.modalities)})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def checked_files(self) -> dict[str, FileReference]:

@@ -91,6 +91,10 @@ class GenerateRequest(TypedDict):
     `dp_rank` is the data-parallel rank that has to answer it; without it, the worker chooses one.
     `answered_count` says that this many tokens at the end of `token_ids` are the beginning of the answer,
     given by a worker that was lost: `stop_conditions` count from there on.
+    `chat` is a conversation with images or the like, for an engine that reads it in place of `token_ids`, in
+    which placeholders stand for them: `messages`, and if they matter `tools`, `documents` and options of the
+    chat template, each as JSON. `media_digest` is the digest of its images, which keeps its blocks of KV
+    cache apart as a `cache_salt` does.
     """
 
     model: str
@@ -106,6 +110,8 @@ class GenerateRequest(TypedDict):
     annotations: NotRequired[list[str]]
     dp_rank: NotRequired[int]
     answered_count: NotRequired[int]
+    chat: NotRequired[dict[str, bytes]]
+    media_digest: NotRequired[str]
 
 
 class CompletionUsage(TypedDict, total=False):

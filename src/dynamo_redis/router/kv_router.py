@@ -39,7 +39,7 @@ from dynamo_redis.router.choice.workers import WorkerCards, Workers
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.router.index.predicted_index import PredictedIndex
 from dynamo_redis.router.metrics import HIT_RATES, router_families
-from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
+from dynamo_redis.router.prompts import block_hashes, salt_of, token_ids_of, weights_of
 from dynamo_redis.router.routed_call import BookedRoute, RoutedCall
 from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
 from dynamo_redis.runtime import tracing
@@ -408,9 +408,7 @@ class KvRouter:
         return RoutingRequest(
             # Not the request's own id: a client may send two with the same.
             request_id=f"{next(self._ids):x}",
-            hashes=block_hashes(
-                token_ids, self.block_size, request.get("lora_name"), request.get("cache_salt")
-            ),
+            hashes=block_hashes(token_ids, self.block_size, request.get("lora_name"), salt_of(request)),
             token_count=len(token_ids),
             deadline=deadline if deadline is not None else SYSTEM_CLOCK.monotonic() + BOOKING_S,
             among=among,

@@ -51,6 +51,19 @@ def block_hashes(
         raise InvalidRequest(f"token_ids: not token ids: {exc}") from exc
 
 
+def salt_of(request: Mapping[str, Any]) -> str | None:
+    """Return the salt of a request's blocks: its `cache_salt`, mixed with the digest of its images.
+
+    Placeholders of other images have the same tokens. Raises InvalidRequest.
+    """
+    salt, digest = request.get("cache_salt"), request.get("media_digest")
+    if digest is None:
+        return salt
+    if not isinstance(digest, str) or not isinstance(salt, str | None):
+        raise InvalidRequest("cache_salt and media_digest must be strings")
+    return f"{digest}\0{salt or ''}"
+
+
 def weights_of(request: Mapping[str, Any], default: CostWeights) -> CostWeights:
     """Return the default weights with those that the request brings. Raises InvalidRequest."""
     override = request.get(OVERRIDE)

@@ -48,6 +48,12 @@ class TestEngine:
         self.tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.chats: list[dict[str, Any]] = []
+        """The bodies of chat completions."""
+        self.choices: list[dict[str, Any]] = []
+        """The choices that a chat completion streams, one an event. After one with `breaks` the connection
+        breaks, once `may_break` is set; that one is taken out of the list."""
+        self.may_break = asyncio.Event()
         self.fail_with: tuple[int, dict[str, str]] | None = None
         self.refuse_with: tuple[int, str] | None = None
         """Status and message for each completion; `/health` still answers 200."""
@@ -97,6 +103,7 @@ class TestEngine:
                 web.get("/v1/models", self._models),
                 web.get("/metrics", self._metrics),
                 web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._chat),
                 web.post("/reset_prefix_cache", self._reset),
             ]
         )
@@ -178,6 +185,22 @@ class TestEngine:
         except (asyncio.CancelledError, ConnectionResetError):
             self.cancelled_count += 1  # the second time if it was about to write
             raise
+        return response
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        self.chats.append(await http.json())
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http)
+        for choice in list(self.choices):
+            await _send_event(response, json.dumps({"choices": [{"index": 0, **choice}]}))
+            if "breaks" in choice:
+                await self.may_break.wait()
+                self.choices.remove(choice)
+                assert http.transport is not None
+                http.transport.abort()
+                return response
+        await _send_event(response, json.dumps({"choices": [], "usage": self.counted}))
+        await _send_event(response, "[DONE]")
         return response
 
     async def _answer(

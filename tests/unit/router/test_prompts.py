@@ -9,7 +9,7 @@ import pytest
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.events.block_hashes import chain, local_hashes, lora_seed
 from dynamo_redis.router.base import CostWeights
-from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
+from dynamo_redis.router.prompts import block_hashes, salt_of, token_ids_of, weights_of
 
 DEFAULT = CostWeights(overlap_score_credit=0.5, temperature=0.1)
 
@@ -20,6 +20,21 @@ def test_blocks_are_named_as_the_workers_name_them() -> None:
     seed = lora_seed("mine")
     assert block_hashes(tokens, 16, "mine") == chain(local_hashes(tokens, 16, seed=seed), seed=seed)
     assert block_hashes(tokens[:15], 16) == []
+
+
+def test_blocks_of_other_images_are_others() -> None:
+    requests: list[dict[str, Any]] = [
+        {},
+        {"cache_salt": "a"},
+        {"media_digest": "1"},
+        {"media_digest": "2"},
+        {"media_digest": "1", "cache_salt": "a"},
+    ]
+    names = {tuple(block_hashes(range(32), 16, cache_salt=salt_of(request))) for request in requests}
+    assert len(names) == len(requests)
+    for wrong in ({"media_digest": 5}, {"media_digest": "1", "cache_salt": 5}):
+        with pytest.raises(InvalidRequest, match="strings"):
+            salt_of(wrong)
 
 
 @pytest.mark.parametrize(

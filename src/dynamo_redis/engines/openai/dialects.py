@@ -68,6 +68,30 @@ OPTION_NAMES: Final[Mapping[Dialect, frozenset[str]]] = {
 }
 """The options of each kind of server, by their names in a request."""
 
+CHAT_NAMES: Final[Mapping[Dialect, frozenset[str]]] = {
+    "openai": frozenset({"messages", "tools"}),
+    "vllm": frozenset(
+        {
+            "messages",
+            "tools",
+            "documents",
+            "add_generation_prompt",
+            "continue_final_message",
+            "add_special_tokens",
+            "chat_template_kwargs",
+        }
+    ),
+    "sglang": frozenset({"messages", "tools", "continue_final_message", "chat_template_kwargs"}),
+    "llamacpp": frozenset({"messages", "tools", "add_generation_prompt", "chat_template_kwargs"}),
+}
+"""The fields of a chat that each kind of server has."""
+
+RAW_ANSWER: Final[Mapping[Dialect, Mapping[str, Any]]] = {
+    "sglang": {"separate_reasoning": False},
+    "llamacpp": {"reasoning_format": "none", "parse_tool_calls": False},
+}
+"""Options by which a server leaves reasoning and tool calls in the text of an answer to a chat."""
+
 RENAMED: Final[Mapping[Dialect, Mapping[str, str]]] = {
     "vllm": {"max_thinking_tokens": "thinking_token_budget"},
     "sglang": {"include_stop_str_in_output": "no_stop_trim"},

@@ -20,6 +20,7 @@ from dynamo_redis.engines.model_tokens import ModelTokens
 from dynamo_redis.engines.openai.dialects import Dialect
 from dynamo_redis.engines.openai.http import Completion
 from dynamo_redis.engines.openai.request import (
+    chat_completion_body,
     completion_body,
     hidden_stop_ids,
     prompt_ids,
@@ -229,6 +230,11 @@ class OpenAIEngine:
         if not isinstance(request, Mapping):
             raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
         prompt = prompt_ids(request)
+        if request.get("chat") is not None:
+            async with aclosing(self._complete_renamed(request, prompt, context)) as items:
+                async for item in items:
+                    yield item
+            return
         refused: InvalidRequest | None = None
         if not self._prompt_as_text:
             begun = False
@@ -283,28 +289,10 @@ class OpenAIEngine:
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
         """Send one completion and yield its items. `prompt` is token ids or text."""
-        dp_rank = wanted_rank(request, self._settings.engine_data_parallel_size)
-        context_length = self._server.capacity.context_length
-        body = completion_body(
-            request,
-            model=self._server.listed.name,
-            dialect=self._server.listed.dialect,
-            prompt=prompt,
-            dp_rank=dp_rank,
-            token_room=None if context_length is None else context_length - len(prompt_ids(request)),
-        )
-        headers = {"X-Request-Id": context.id(), **(context.trace_headers() or {})}
-        if dp_rank is not None and self._server.listed.dialect == "vllm":
-            headers["X-data-parallel-rank"] = str(dp_rank)
         if self._tokens is None:
             raise Draining("the engine is not started")
         reader = CompletionReader(self._tokens, hidden_stop_ids(request), token_limit(request))
-        # The engine reports blocks with a salt by hashes that no prompt shows.
-        if self.relay is not None and not isinstance(prompt, str) and not request.get("cache_salt"):
-            for publisher in self._publishers:
-                if dp_rank is None or publisher.dp_rank == dp_rank:
-                    publisher.note_prompt(prompt)
-        completion = self._server.http.complete(body, headers)
+        completion = self._send(request, prompt, context)
         unsubscribe = context.on_cancel(lambda _: completion.close())
         self._running_count += 1
         self._unanswered.add(completion)
@@ -330,6 +318,33 @@ class OpenAIEngine:
             self._unanswered.discard(completion)
             unsubscribe()
             completion.close()
+
+    def _send(self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context) -> Completion:
+        """Send one completion. The server gets the `chat` of the request, if any, in place of the prompt."""
+        dp_rank = wanted_rank(request, self._settings.engine_data_parallel_size)
+        listed, context_length = self._server.listed, self._server.capacity.context_length
+        headers = {"X-Request-Id": context.id(), **(context.trace_headers() or {})}
+        if dp_rank is not None and listed.dialect == "vllm":
+            headers["X-data-parallel-rank"] = str(dp_rank)
+        if request.get("chat") is not None:
+            body, chat = chat_completion_body(
+                request, model=listed.name, dialect=listed.dialect, dp_rank=dp_rank
+            )
+            return self._server.http.complete(body, headers, chat)
+        body = completion_body(
+            request,
+            model=listed.name,
+            dialect=listed.dialect,
+            prompt=prompt,
+            dp_rank=dp_rank,
+            token_room=None if context_length is None else context_length - len(prompt_ids(request)),
+        )
+        # The engine reports blocks with a salt by hashes that no prompt shows.
+        if self.relay is not None and not isinstance(prompt, str) and not request.get("cache_salt"):
+            for publisher in self._publishers:
+                if dp_rank is None or publisher.dp_rank == dp_rank:
+                    publisher.note_prompt(prompt)
+        return self._server.http.complete(body, headers)
 
     # ----------------------------------------------------------------- health and load
 

@@ -102,9 +102,15 @@ class EngineHttp:
         except aiohttp.ClientError as exc:
             raise ConnectionLost(f"no answer: {exc!r}") from exc
 
-    def complete(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
-        """Start a streamed completion."""
-        return Completion(self._opened(), f"{self._root}/v1/completions", body, headers)
+    def complete(
+        self,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+        chat: Mapping[str, bytes] | None = None,
+    ) -> Completion:
+        """Start a streamed completion, of a chat if there are fields of one, each as JSON."""
+        path = "completions" if chat is None else "chat/completions"
+        return Completion(self._opened(), f"{self._root}/v1/{path}", body, headers, chat or {})
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
@@ -125,9 +131,15 @@ class Completion:
         url: str,
         body: Mapping[str, Any],
         headers: Mapping[str, str],
+        written: Mapping[str, bytes],
     ) -> None:
+        """Post the body, with further fields that are `written` as JSON."""
+
         async def post() -> aiohttp.ClientResponse:
             content = to_json(body)  # in half the time of aiohttp's own way
+            if written:
+                fields = [b",%b:%b" % (to_json(name), value) for name, value in written.items()]
+                content = b"".join((content[:-1], *fields, b"}"))
             return await session.post(url, data=content, headers={**headers, **_JSON})
 
         self._opening = asyncio.ensure_future(post())

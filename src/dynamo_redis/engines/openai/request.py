@@ -6,10 +6,19 @@ is sent under the server's name for it, or refused with its name; none is droppe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from dynamo_redis.engines.openai.dialects import NEUTRAL, OPTION_NAMES, RENAMED, Dialect, unknown_option
+from dynamo_redis.engines.openai.dialects import (
+    CHAT_NAMES,
+    NEUTRAL,
+    OPTION_NAMES,
+    RAW_ANSWER,
+    RENAMED,
+    Dialect,
+    unknown_option,
+)
 from dynamo_redis.engines.openai.guided import guided_fields
 from dynamo_redis.errors import InvalidRequest
 
@@ -73,6 +82,38 @@ def completion_body(
     if dialect == "sglang" and dp_rank is not None:
         body["data_parallel_rank"] = dp_rank
     return body
+
+
+def chat_completion_body(
+    request: Mapping[str, Any], *, model: str, dialect: Dialect, dp_rank: int | None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the body for `POST /v1/chat/completions`, and further fields of it as JSON.
+
+    The answer shall be the model's own text, since frontends find reasoning and tool calls in it. Raises
+    InvalidRequest for an option without an equivalent.
+    """
+    chat = request["chat"]
+    if not isinstance(chat, dict) or not all(type(value) is bytes for value in chat.values()):
+        raise InvalidRequest("chat must be a map of JSON values as bytes")
+    if "messages" not in chat:
+        raise InvalidRequest("chat has no messages")
+    if chat.get("continue_final_message") and dialect == "sglang":  # implied there
+        chat = {name: value for name, value in chat.items() if name != "add_generation_prompt"}
+    for name in chat:
+        if name not in CHAT_NAMES[dialect]:
+            raise unknown_option(name, dialect)
+    body = completion_body(request, model=model, dialect=dialect, prompt=[], dp_rank=dp_rank)
+    del body["prompt"]
+    if "logprobs" in body:
+        body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+    if dialect != "vllm" and "json_schema" in body:
+        schema = body.pop("json_schema")
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        described = {"name": "answer", "schema": schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": described}
+    if dialect == "vllm" and "tools" in chat:
+        body["tool_choice"] = "none"  # the template shows the tools, and no parser reads the answer
+    return {**body, **RAW_ANSWER.get(dialect, {})}, chat
 
 
 def _output_fields(output: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:

@@ -48,6 +48,13 @@ _OVERFLOW: Final = re.compile(
     rb"context[ _-]?(length|size|window)|maximum model length|max_model_len|exceed_context_size",
     re.IGNORECASE,
 )
+_PARSED: Final = ("tool_calls", "function_call", "reasoning_content", "reasoning")
+"""Fields of a chat's delta with parts of the answer that a parser of the engine took out of its text."""
+
+PARSED_BY_ENGINE: Final = (
+    "the engine took tool calls or reasoning out of its answer: start it without its tool call parser and "
+    "reasoning parser; frontends parse the answers"
+)
 _U32_END: Final = 1 << 32
 _TOKEN_NAME: Final = re.compile(r"token_id:(\d{1,9})")
 
@@ -273,9 +280,15 @@ class CompletionReader:
 
     def _item(self, choice: dict[str, Any]) -> GenerateItem | None:
         """Return the item of a choice; keep it if the choice has a finish reason."""
+        delta = choice.get("delta", choice.get("message"))  # of a chat
         token_ids = choice.get("token_ids")
         if not isinstance(token_ids, list):
-            text = choice.get("text")
+            if isinstance(delta, dict):
+                if any(delta.get(name) for name in _PARSED):
+                    raise EngineFailed(PARSED_BY_ENGINE)
+                text = delta.get("content")
+            else:
+                text = choice.get("text")
             if text is not None and not isinstance(text, str):
                 raise ProtocolViolation(f"the engine sent a text that is {type(text).__name__}")
             token_ids = self._text.feed(text or "")
@@ -286,7 +299,7 @@ class CompletionReader:
         self._count += len(token_ids)
         item: GenerateItem = {"token_ids": token_ids}
         if isinstance(logprobs := choice.get("logprobs"), dict):
-            item |= _logprobs(logprobs)
+            item |= _logprobs(logprobs if delta is None else _of_completion(logprobs))
         reason = choice.get("finish_reason")
         if isinstance(reason, dict):  # SGLang's own form
             reason = reason.get("type")
@@ -321,6 +334,24 @@ def _logprobs(given: dict[str, Any]) -> GenerateItem:
             for top in tops
         ]
     return item
+
+
+def _of_completion(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the log probabilities of a chat in the form of a completion."""
+    tokens = given.get("content")
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
+        return {}
+    return {
+        "token_logprobs": [token.get("logprob") for token in tokens],
+        "top_logprobs": [
+            {
+                str(top.get("token")): top.get("logprob")
+                for top in token.get("top_logprobs") or ()
+                if isinstance(top, dict)
+            }
+            for token in tokens
+        ],
+    }
 
 
 def _by_likelihood(top: Any) -> list[tuple[str, Any]]:

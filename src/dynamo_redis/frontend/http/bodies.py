@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from dynamo_redis.frontend.anthropic_body import CountBody, MessagesBody
 from dynamo_redis.frontend.http.errors import ApiError, invalid
+from dynamo_redis.frontend.media import Media, media_of, with_placeholders
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody
 from dynamo_redis.frontend.responses_body import ResponsesBody
@@ -47,6 +48,8 @@ class Body:
     source: Source
     notes: bytes = b""
     """See `RequestBody.notes`."""
+    media: Media | None = None
+    """The parts of a chat beside text."""
 
     @property
     def choice_count(self) -> int:
@@ -60,7 +63,7 @@ def source_of(body: CompletionOptions) -> Source:
         assert isinstance(body, TextBody)
         return list(body.prompts)
     return render_job(
-        [dict(message) for message in body.messages],
+        with_placeholders(body.messages),
         # With `none` the model shall not call tools: the template gets no tools.
         tools=None if body.tool_choice == "none" or not body.tools else [dict(tool) for tool in body.tools],
         documents=body.documents,
@@ -68,6 +71,11 @@ def source_of(body: CompletionOptions) -> Source:
         continue_final_message=bool(body.continue_final_message),
         variables=body.template_variables(),
     )
+
+
+def media_in(body: CompletionOptions) -> Media | None:
+    """Return the parts of the body beside text; None without any."""
+    return media_of(body) if isinstance(body, ChatBody) else None
 
 
 # --------------------------------------------------------------------------- between the processes
@@ -82,11 +90,11 @@ def pack(job: bytearray) -> bytes:
         job.clear()
         options, notes = body.options(), body.notes()
         del body
-        source = source_of(options)
+        source, media = source_of(options), media_in(options)
         options = options.model_copy(update=_WITHOUT_SOURCE[type(options)] | _typed_tools(options))
         parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
-        parts.insert(0, ("notes", notes))
-        del source, notes
+        parts[:0] = [("notes", notes), ("media", b"" if media is None else pickle.dumps(media))]
+        del source, notes, media
         head = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
         if len(head) > MOST_OPTIONS_BYTES:
             raise invalid(
@@ -130,11 +138,13 @@ def unpack(answer: bytearray) -> Body:
     del answer[:end]
     if isinstance(head, dict):
         raise ApiError(**head)
-    options, [(_, notes_size), *parts] = head
+    options, [(_, notes_size), (_, media_size), *parts] = head
     notes = bytes(answer[:notes_size])
     del answer[:notes_size]
+    media = pickle.loads(memoryview(answer)[:media_size]) if media_size else None  # noqa: S301 - likewise
+    del answer[:media_size]
     if parts and parts[0][0] == "conversation":
-        return Body(options, answer, notes)
+        return Body(options, answer, notes, media)
     prompts: list[Prompt] = []
     view = memoryview(answer)
     for form, size in parts:

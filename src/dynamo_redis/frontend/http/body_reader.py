@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from dynamo_redis.frontend.http.bodies import Body, source_of, unpack
+from dynamo_redis.frontend.http.bodies import Body, media_in, source_of, unpack
 from dynamo_redis.frontend.http.body_process import READ_LIMIT_S
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import read_body
@@ -60,7 +60,7 @@ class BodyReader:
         if size <= INLINE_BYTES:
             body = read_body(kind, b"".join(content))
             options = body.options()
-            return Body(options, source_of(options), body.notes())
+            return Body(options, source_of(options), body.notes(), media_in(options))
         lane = self._medium if size <= LARGE_BYTES else self._large
         try:
             reading = lane.run(kind.tag, *content)
