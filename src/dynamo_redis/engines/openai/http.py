@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import socket
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
@@ -26,6 +27,7 @@ from dynamo_redis.errors import (
     RequestCancelled,
 )
 
+_PIECE_BYTES: Final = 64 << 10
 _ERROR_BYTES: Final = 64 << 10
 _ANSWER_BYTES: Final = 16 << 20
 _ERROR_S: Final = 5.0
@@ -140,7 +142,9 @@ class Completion:
             if written:
                 fields = [b",%b:%b" % (to_json(name), value) for name, value in written.items()]
                 content = b"".join((content[:-1], *fields, b"}"))
-            return await session.post(url, data=content, headers={**headers, **_JSON})
+            # aiohttp writes a BytesIO in pieces, and lets other requests run between them.
+            data = content if len(content) <= _PIECE_BYTES else io.BytesIO(content)
+            return await session.post(url, data=data, headers={**headers, **_JSON})
 
         self._opening = asyncio.ensure_future(post())
         self._closed: PlaneError | None = None
