@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -34,6 +35,7 @@ from dynamo_redis.frontend.metrics.text import FrontendReading, ServedModel, fam
 from dynamo_redis.frontend.model import NamedModel
 from dynamo_redis.frontend.model_list import model_routes
 from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.openapi.document import OPENAPI_PATH, document_bytes
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.token_count import token_count
 from dynamo_redis.frontend.tokenization import tokenization
@@ -75,6 +77,13 @@ def make_app(
         found = [*families(reading), *process_metrics()]
         return Response(await asyncio.to_thread(render, found), media_type=CONTENT_TYPE)
 
+    @cache
+    def document() -> bytes:
+        return document_bytes(app.routes, settings)
+
+    async def show_document(_: Request) -> Response:
+        return Response(await asyncio.to_thread(document), media_type="application/json")
+
     admission = Admission(
         settings.max_http_in_flight_count, settings.max_http_queued_count, settings.http_queue_wait_s
     )
@@ -99,6 +108,7 @@ def make_app(
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/version", _show_version),
+            Route(OPENAPI_PATH, show_document),
             Route("/health", show_health),
             Route("/live", _show_live),
             Route("/metrics", show_metrics),

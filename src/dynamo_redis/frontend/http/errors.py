@@ -233,6 +233,9 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.EngineFailed: (502, _SERVER),
 }
 
+ERROR_STATUSES = frozenset(status for status, _ in _STATUS.values())
+"""The statuses of this package's errors."""
+
 
 def _status_of(error: errors.DynamoRedisError) -> tuple[int, str]:
     """Return the status and type of an error, or those of its nearest base class."""
