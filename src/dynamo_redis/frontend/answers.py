@@ -14,6 +14,7 @@ from dynamo_redis.errors import (
     ProtocolViolation,
     RequestCancelled,
 )
+from dynamo_redis.frontend.reasoning_tokens import ReasoningTokens
 from dynamo_redis.frontend.tokens import Detokenizer, StopStrings
 from dynamo_redis.models.llm_protocol import is_count
 
@@ -49,6 +50,7 @@ class AnswerDecoder:
         "_detokenizer",
         "_most_tokens",
         "_moved_count",
+        "_reasoning",
         "_stops",
         "_token_bytes",
         "_top_count",
@@ -70,12 +72,15 @@ class AnswerDecoder:
         most_tokens: int = _MOST_TOKENS,
         token_bytes: Callable[[int], bytes] | None = None,
         top_count: int = 0,
+        reasoning: ReasoningTokens | None = None,
     ) -> None:
         """An answer of more than `most_tokens` is none of the model.
 
         With `token_bytes`, which returns the text of one token, `logprobs` are kept, and those of up to
-        `top_count` of the likeliest tokens.
+        `top_count` of the likeliest tokens. `reasoning` counts the tokens of the reasoning; None: they are
+        not told apart.
         """
+        self._reasoning = reasoning
         self._token_bytes = token_bytes
         self._top_count = top_count
         self.logprobs: list[TokenLogprob] = []
@@ -97,6 +102,11 @@ class AnswerDecoder:
         """True if `logprobs` are kept."""
         return self._token_bytes is not None
 
+    @property
+    def reasoning_count(self) -> int | None:
+        """The tokens of the reasoning so far; None if they are not told apart."""
+        return None if self._reasoning is None else min(self._reasoning.count, self.token_count)
+
     def feed(self, item: Any) -> str:
         """Return the text that an item of the worker's answer (a GenerateItem) completes.
 
@@ -114,6 +124,8 @@ class AnswerDecoder:
             text = self._detokenizer.feed(token_ids)
             if self.token_ids is not None:
                 self.token_ids.extend(token_ids)
+            if self._reasoning is not None:
+                self._reasoning.feed(token_ids)
         except (TypeError, ValueError, OverflowError) as exc:
             raise ProtocolViolation(
                 "the worker answered with 'token_ids' that are no token ids of its model"
@@ -185,6 +197,8 @@ class AnswerDecoder:
         self._moved_count = 0
         if self.token_ids is not None:
             self.token_ids = []
+        if self._reasoning is not None:
+            self._reasoning.restart()
 
     def note_move(self) -> None:
         """Note that the next items are of another worker, whose prompt includes the answer so far."""

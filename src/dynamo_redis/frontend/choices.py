@@ -116,6 +116,8 @@ class Usage:
     answer_count: int
     cached_count: int | None
     """Tokens of the prompts that the workers had in their caches; None if none of them counted."""
+    reasoning_count: int | None = None
+    """Tokens of the answers' reasoning; None if they are not told apart."""
 
     @classmethod
     def of(cls, choices: Iterable[CompletionChoice]) -> Usage:
@@ -125,12 +127,20 @@ class Usage:
         choices find cached tokens that the first one has put there.
         """
         answers = 0
+        reasoning_count: int | None = None
         prompts: dict[int, tuple[int, int | None]] = {}  # id of the list → its tokens, the cached ones
         for choice in choices:
             token_ids, answer = choice.request["token_ids"], choice.answer
             answers += answer.token_count
+            if answer.reasoning_count is not None:
+                reasoning_count = (reasoning_count or 0) + answer.reasoning_count
             count = answer.prompt_token_count or len(token_ids)
             cached_count = None if answer.cached_tokens is None else min(answer.cached_tokens, count)
             prompts.setdefault(id(token_ids), (count, cached_count))
         cached = [count for _, count in prompts.values() if count is not None]
-        return cls(sum(count for count, _ in prompts.values()), answers, sum(cached) if cached else None)
+        return cls(
+            sum(count for count, _ in prompts.values()),
+            answers,
+            sum(cached) if cached else None,
+            reasoning_count,
+        )

@@ -227,6 +227,7 @@ class Completions:
                     most_tokens=model.loaded.context_length + SLACK_TOKENS,
                     token_bytes=None if body.wanted_logprobs is None else tokenizer.token_bytes,
                     top_count=body.wanted_logprobs or 0,
+                    reasoning=parsed.counter(tokenizer, request["token_ids"]),
                 ),
                 context,
                 Migration(request, limit, max_length) if limit else None,

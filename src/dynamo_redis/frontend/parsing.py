@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dynamo_redis.frontend.openai import ChatBody
 from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.reasoning_tokens import ReasoningTokens
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.frontend.tool_choice import chosen_name, must_call
 from dynamo_redis.models.card import ModelCard
@@ -41,19 +42,33 @@ class RequestParsing:
         """Return the function that makes the parser of an answer; None if it is plain text."""
         if self.tool is None and self.reasoning is None:
             return None
-        is_inside = False
-        if self.reasoning is not None:
-            end = tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-            is_inside = self.reasoning.begins_inside(end)
         return partial(
             AnswerParser,
             self.tool,
             self.reasoning,
-            starts_inside=is_inside,
+            starts_inside=self._starts_inside(tokenizer, prompt),
             tools=self.tools,
             most_calls=self.most_calls,
             streams=self.streams,
         )
+
+    def counter(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> ReasoningTokens | None:
+        """Return the counter of an answer's reasoning; None if the answer has none."""
+        if self.reasoning is None:
+            return None
+        return ReasoningTokens(
+            self.reasoning,
+            tokenizer.shown_bytes(self.shown),
+            starts_inside=self._starts_inside(tokenizer, prompt),
+            other="".join(self.tool.bare) if self.tool is not None and self.tool.is_bound else "",
+        )
+
+    def _starts_inside(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+        """Return whether an answer begins with reasoning, without its marker."""
+        if self.reasoning is None:
+            return False
+        end = tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
+        return self.reasoning.begins_inside(end)
 
 
 _PLAIN: Final = RequestParsing()

@@ -165,6 +165,12 @@ class Tokenizer:
             return bytes.fromhex(found[1])
         return token.replace("\u2581", " ").encode()
 
+    def shown_bytes(self, shown: frozenset[str]) -> Callable[[int], bytes]:
+        """Return the function that returns the text of one token as a detokenizer with these special tokens
+        shows it."""
+        hidden = self._hidden(shown)
+        return lambda token_id: b"" if token_id in hidden else self.token_bytes(token_id)
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact name, or None."""
         return self._tokenizer.token_to_id(token)

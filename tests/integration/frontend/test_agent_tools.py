@@ -76,6 +76,28 @@ async def test_message_has_thinking_and_call(client: Any) -> None:
     assert answer.stop_reason == "tool_use"
 
 
+async def test_tokens_of_reasoning_are_counted(agent: Any, client: Any) -> None:
+    reasoning_count = len(agent.worker.tokenizer.encode(THOUGHT.strip()))
+    whole = await client.messages.create(**MESSAGE)
+    async with client.messages.stream(**MESSAGE) as stream:
+        streamed = await stream.get_final_message()
+    for answer in (whole, streamed):
+        assert answer.usage.output_tokens_details.thinking_tokens == reasoning_count
+        assert answer.usage.output_tokens > reasoning_count
+    chat = {"model": "thinker", "messages": MESSAGE["messages"]}
+    completion = await agent.client.chat.completions.create(**chat)
+    stream = await agent.client.chat.completions.create(
+        **chat, stream=True, stream_options={"include_usage": True}
+    )
+    usages = [completion.usage, [chunk async for chunk in stream][-1].usage]
+    for usage in usages:
+        assert usage.completion_tokens_details.reasoning_tokens == reasoning_count
+    response = await agent.client.responses.create(**RESPONSE)
+    assert response.usage.output_tokens_details.reasoning_tokens == reasoning_count
+    plain = await agent.client.chat.completions.create(**chat, extra_body={"separate_reasoning": False})
+    assert plain.usage.completion_tokens_details is None
+
+
 async def test_streamed_message_is_the_whole_one(agent: Any, client: Any) -> None:
     async with client.messages.stream(**MESSAGE) as stream:
         streamed = await stream.get_final_message()

@@ -155,4 +155,6 @@ def openai_usage(usage: Usage) -> dict[str, Any]:
     }
     if usage.cached_count is not None:
         counts["prompt_tokens_details"] = {"cached_tokens": usage.cached_count}
+    if usage.reasoning_count is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_count}
     return counts

@@ -232,11 +232,11 @@ def _status(finish_reason: str | None) -> str:
 
 
 def _counts(usage: Usage) -> dict[str, Any]:
-    """Return the counts of tokens. Those of reasoning are not counted apart."""
+    """Return the counts of tokens."""
     return {
         "input_tokens": usage.prompt_count,
         "input_tokens_details": {"cached_tokens": usage.cached_count or 0, "cache_write_tokens": 0},
         "output_tokens": usage.answer_count,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_count or 0},
         "total_tokens": usage.prompt_count + usage.answer_count,
     }

@@ -129,6 +129,7 @@ class AnthropicUsage(TypedDict):
 
     input_tokens: int
     output_tokens: int
+    output_tokens_details: NotRequired[dict[str, int]]
 
 
 class MessageAnswer(TypedDict):

@@ -1,0 +1,65 @@
+"""The tokens of an answer's reasoning."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_redis.frontend.reasoning_tokens import ReasoningTokens
+from dynamo_redis.parsers.answer_parser import AnswerParser
+from dynamo_redis.parsers.deltas import Reasoning
+from dynamo_redis.parsers.reasoning import ReasoningFormat
+
+MARKERS = ReasoningFormat("<think>", "</think>")
+
+
+def letter(token_id: int) -> bytes:
+    return bytes([token_id])
+
+
+def counted(text: str, *, starts_inside: bool = False, other: str = "", size: int = 1) -> int:
+    """Return the count for a text whose tokens are its bytes, given in items of a size."""
+    tokens = list(text.encode())
+    counter = ReasoningTokens(MARKERS, letter, starts_inside=starts_inside, other=other)
+    for start in range(0, len(tokens), size):
+        counter.feed(tokens[start : start + size])
+    return counter.count
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("reasoning", "rest", "starts_inside"),
+    [
+        ("<think>it is cold</think>", "yes", False),
+        ("\n <think></think>", "yes", False),
+        ("<think>never ends", "", False),
+        ("<think>a < b </thin </think>", "</think>", False),
+        ("it is cold</think>", "yes <think>no</think>", True),
+        ("<think>grüße</think>", "", True),
+        ("<thi", "", True),
+        ("", "yes <think>no</think>", False),
+        ("", "<thinking>", False),
+        ("", "<thi", False),
+        ("", "", True),
+    ],
+)
+def test_reasoning_ends_with_its_marker(reasoning: str, rest: str, starts_inside: bool, size: int) -> None:
+    text = reasoning + rest
+    assert counted(text, starts_inside=starts_inside, size=size) == len(reasoning.encode())
+    parser = AnswerParser(None, MARKERS, starts_inside=starts_inside)
+    parts = [*parser.feed(text), *parser.finish()]
+    thought = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    assert thought in reasoning
+    assert bool(reasoning) or not thought
+
+
+def test_answer_that_has_to_be_a_call_has_none() -> None:
+    assert counted(' {"a": 1}', starts_inside=True, other="{[") == 0
+
+
+def test_restarted_answer_is_counted_anew() -> None:
+    counter = ReasoningTokens(MARKERS, letter)
+    counter.feed(b"<think>x</think>y")
+    counter.restart()
+    assert counter.count == 0
+    counter.feed(b"<think>xyz")
+    assert counter.count == 10
