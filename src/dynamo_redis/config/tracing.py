@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Final, Literal, cast
 
-from pydantic import SecretStr
+from pydantic import AfterValidator, SecretStr
 
 from dynamo_redis.config.base import SettingsGroup, setting
+
+Exporter = Literal["otlp", "console"]
+_EXPORTERS: Final = ("otlp", "console", "none")
+
+
+def _exporters(value: str) -> list[str]:
+    return list(dict.fromkeys(each.strip() for each in value.split(",")))
+
+
+def _check_exporters(value: str) -> str:
+    names = _exporters(value)
+    if not set(names) <= set(_EXPORTERS) or ("none" in names and len(names) > 1):
+        raise ValueError("must be otlp, console, both with a comma between them, or none")
+    return value
 
 
 class TracingSettings(SettingsGroup):
@@ -15,8 +29,11 @@ class TracingSettings(SettingsGroup):
     The SDK itself reads the other `OTEL_…` variables: sampler, headers, batches, time-outs, attributes.
     """
 
-    otel_traces_exporter: Literal["otlp", "console", "none"] | None = setting(
-        "OTEL_TRACES_EXPORTER", None, "Exporter of traces. Unset: otlp, if an endpoint is set."
+    otel_traces_exporter: Annotated[str, AfterValidator(_check_exporters)] | None = setting(
+        "OTEL_TRACES_EXPORTER",
+        None,
+        "Exporters of traces: `otlp`, `console`, or both with a comma between them; `none`. Unset: otlp, if "
+        "an endpoint is set.",
     )
     otel_endpoint: SecretStr | None = setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT", None, "The collector, such as `http://localhost:4318`."
@@ -48,14 +65,15 @@ class TracingSettings(SettingsGroup):
     otel_sdk_disabled: bool = setting("OTEL_SDK_DISABLED", False, "Switch traces off.")
 
     @property
-    def exporter(self) -> Literal["otlp", "console"] | None:
-        """The exporter to use; None: traces are off."""
-        if self.otel_sdk_disabled or self.otel_export_enabled is False or self.otel_traces_exporter == "none":
-            return None
+    def exporters(self) -> list[Exporter]:
+        """The exporters to use; none: traces are off."""
+        if self.otel_sdk_disabled or self.otel_export_enabled is False:
+            return []
         if self.otel_traces_exporter is not None:
-            return self.otel_traces_exporter
+            names = _exporters(self.otel_traces_exporter)
+            return [cast("Exporter", name) for name in names if name != "none"]
         is_on = self.otel_export_enabled or self.otel_endpoint or self.otel_traces_endpoint
-        return "otlp" if is_on else None
+        return ["otlp"] if is_on else []
 
     @property
     def protocol(self) -> Literal["http/protobuf", "grpc"]:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from dynamo_redis.config import TracingSettings
+from dynamo_redis.config.tracing import Exporter
 from dynamo_redis.errors import ConfigError, DynamoRedisError
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context, current_request
@@ -237,7 +238,7 @@ def configure_tracing(
     packages are missing.
     """
     settings = settings or TracingSettings.load()
-    if settings.exporter is None:
+    if not settings.exporters:
         return
     try:
         from opentelemetry import trace
@@ -249,7 +250,7 @@ def configure_tracing(
         if isinstance(known, TracerProvider) and known is not _provider:
             _use(Tracer(known, is_owned=False))
             return
-        exporter = _watched(_make_exporter(settings))
+        exporters = [_watched(_make_exporter(name, settings)) for name in settings.exporters]
     except ImportError as exc:
         raise ConfigError(
             f"traces are on, but {exc.name} is not installed: pip install 'dynamo-redis[otel]', or unset "
@@ -262,12 +263,13 @@ def configure_tracing(
     if settings.otel_service_name:
         names["service.name"] = settings.otel_service_name
     provider = TracerProvider(resource=Resource.create(names), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    for exporter in exporters:
+        provider.add_span_processor(BatchSpanProcessor(exporter))
     _publish(provider)
     # `_watched` tells of failures once in a while; the packages themselves tell of each attempt.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     _use(Tracer(provider))
-    _log.info("traces are exported: %s", settings.exporter)
+    _log.info("traces are exported: %s", ", ".join(settings.exporters))
 
 
 def _use(new: Tracer | None) -> None:
@@ -285,8 +287,8 @@ def _publish(provider: TracerProvider) -> None:
         _provider = provider
 
 
-def _make_exporter(settings: TracingSettings) -> SpanExporter:
-    if settings.exporter == "console":
+def _make_exporter(name: Exporter, settings: TracingSettings) -> SpanExporter:
+    if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
         return ConsoleSpanExporter(out=sys.stderr)  # stdout has the line that says that the process is ready

@@ -15,6 +15,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from dynamo_redis.config import TracingSettings
+from dynamo_redis.errors import ConfigError
 from tests.processes import PROGRAMS
 
 END_S = 120.0
@@ -118,6 +119,23 @@ def test_console_leaves_stdout_to_the_program(dynamo_redis_url: str, dynamo_redi
     assert shown.count('"name": "dynamo.traced.count"') == ASKED_COUNT
 
 
+def test_traces_go_to_several_exporters(
+    collector: Collector, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    shown = run_service(
+        collector.url, dynamo_redis_url, dynamo_redis_prefix, OTEL_TRACES_EXPORTER="otlp,console"
+    )
+    assert shown.count('"name": "dynamo.traced.count"') == ASKED_COUNT
+    assert collector.requests
+
+
+@pytest.mark.parametrize("value", ["zipkin", "otlp,none", "otlp,", ",", "otlp;console"])
+def test_unknown_exporters_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", value)
+    with pytest.raises(ConfigError, match="OTEL_TRACES_EXPORTER"):
+        TracingSettings.load()
+
+
 def test_collector_that_is_away_stalls_nothing(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # and never listens
@@ -159,31 +177,33 @@ def test_missing_packages_are_named(dynamo_redis_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "exporter", "url"),
+    ("environment", "exporters", "url"),
     [
-        ({}, None, None),
-        ({"OTEL_TRACES_EXPORTER": "otlp"}, "otlp", None),
-        ({"OTEL_TRACES_EXPORTER": "console"}, "console", None),
-        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, None, None),
-        ({"OTEL_EXPORT_ENABLED": "1"}, "otlp", None),
-        ({"OTEL_EXPORT_ENABLED": "false", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, None, None),
-        ({"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, None, None),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/"}, "otlp", "http://c:4318/v1/traces"),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/x"}, "otlp", "http://c/x"),
+        ({}, [], None),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, ["otlp"], None),
+        ({"OTEL_TRACES_EXPORTER": "console"}, ["console"], None),
+        ({"OTEL_TRACES_EXPORTER": "otlp,console"}, ["otlp", "console"], None),
+        ({"OTEL_TRACES_EXPORTER": " console, otlp,otlp"}, ["console", "otlp"], None),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, [], None),
+        ({"OTEL_EXPORT_ENABLED": "1"}, ["otlp"], None),
+        ({"OTEL_EXPORT_ENABLED": "false", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, [], None),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, [], None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/"}, ["otlp"], "http://c:4318/v1/traces"),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/x"}, ["otlp"], "http://c/x"),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-            "otlp",
+            ["otlp"],
             "http://c:4317",
         ),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc"},
-            "otlp",
+            ["otlp"],
             "http://c:4317",
         ),
     ],
 )
 def test_variables_decide_whether_traces_are_on(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], exporter: str | None, url: str | None
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], exporters: list[str], url: str | None
 ) -> None:
     for name in tuple(os.environ):
         if name.startswith("OTEL_"):
@@ -191,7 +211,7 @@ def test_variables_decide_whether_traces_are_on(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     settings = TracingSettings.load()
-    assert settings.exporter == exporter
-    if exporter is not None:
+    assert settings.exporters == exporters
+    if exporters:
         assert settings.traces_url == url
     assert "http://" not in repr(settings)
