@@ -45,7 +45,9 @@ class CompletionChoice:
         "answer",
         "begun",
         "context",
+        "first_item_at",
         "index",
+        "instance_id",
         "item_at",
         "migration",
         "parser",
@@ -73,6 +75,9 @@ class CompletionChoice:
         self.migration = migration
         self.begun = False
         """True once part of the answer has arrived."""
+        self.instance_id: int | None = None
+        """The worker that has answered last."""
+        self.first_item_at = 0.0
         self.item_at = 0.0
         """The time of its last item, on `time.perf_counter`."""
         self.parts: list[Part] = []

@@ -21,6 +21,8 @@ from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.choices import CompletionChoice
 from dynamo_redis.frontend.exchange import Exchange
 from dynamo_redis.frontend.forms.base import ResponseForm
+from dynamo_redis.frontend.forms.completions import CompletionForm
+from dynamo_redis.frontend.forms.extra_fields import ExtraFields
 from dynamo_redis.frontend.http.bodies import Body
 from dynamo_redis.frontend.http.errors import ApiError, api_error, shutting_down, too_many_choices
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
@@ -138,13 +140,21 @@ class Completions:
             observation.note_prepared(
                 model.name, count, is_stream=bool(body.stream), max_tokens=body.wanted_tokens
             )
-        form = self._api.form(model.name, body, notes)
+        form = self._form_of(model, body, notes, arrived_at)
         exchange = self._make_exchange(form, model, body, requests, contexts, record)
         if body.stream:
             scope[STREAMS_EVENTS] = True
             await exchange.stream(receive, send, headers)
         else:
             await exchange.respond(receive, send, headers)
+
+    def _form_of(
+        self, model: Model, body: CompletionOptions, notes: bytes, arrived_at: float
+    ) -> ResponseForm:
+        form = self._api.form(model.name, body, notes)
+        if body.extra_fields and isinstance(form, CompletionForm):
+            form.extra = ExtraFields(body.extra_fields, arrived_at)
+        return form
 
     async def _send_error(
         self, send: Send, error: ApiError, request_id: str, headers: Sequence[tuple[bytes, bytes]] = ()

@@ -262,6 +262,7 @@ class Exchange:
             if observation is not None:
                 observation.end_call(call, choice.context, None if items is None else items.instance_id)
             if items is not None:
+                choice.instance_id = items.instance_id
                 await items.aclose()
         return True
 
@@ -272,6 +273,7 @@ class Exchange:
             record.gaps_s.add(now - choice.item_at)
         else:
             choice.begun = True
+            choice.first_item_at = now
             record.note_first_item(now)
         choice.item_at = now
         texts: list[str] = []

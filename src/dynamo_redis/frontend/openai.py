@@ -321,6 +321,8 @@ class TextBody(CompletionOptions):
     def refuse_unsupported(self) -> None:
         """See `CompletionOptions`."""
         super().refuse_unsupported()
+        if self.extra_fields and len(self.prompts) > 1:
+            raise unsupported("nvext.extra_fields", "they are those of one choice")
         if self.echo and self.logprobs is not None:
             raise unsupported("echo", "with 'logprobs' it needs those of the prompt, which are not returned")
 

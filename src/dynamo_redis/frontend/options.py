@@ -47,6 +47,10 @@ ThinkingBudget = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 Weight = Annotated[float, Field(ge=0)]
 
 
+EXTRA_FIELDS = ("worker_id", "timing", "stop_reason")
+"""The fields of `nvext` in an answer that a request can ask for."""
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -71,6 +75,7 @@ class Extensions(BaseModel):
     model_config = _FURTHER
     backend_instance_id: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     router_config_override: RouterOverride | None = None
+    extra_fields: Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     greed_sampling: bool | None = None
     max_thinking_tokens: ThinkingBudget | None = None
@@ -202,6 +207,13 @@ class CompletionOptions(RequestBody):
             )
         if self.nvext is not None:
             parameters.NVEXT.check(self.nvext.model_extra, Extensions.model_fields, "nvext.")
+            for name in self.extra_fields:
+                if name not in EXTRA_FIELDS:
+                    raise unsupported(
+                        "nvext.extra_fields", f"there are {', '.join(EXTRA_FIELDS)}, and no {name[:64]!r}"
+                    )
+            if self.extra_fields and (self.n or 1) > 1:
+                raise unsupported("nvext.extra_fields", "they are those of one choice")
         self._sampling = self._read_sampling()
         self.thinking_budget()
         _ = self.ignores_eos  # like these, it raises if two parameters differ
@@ -252,6 +264,11 @@ class CompletionOptions(RequestBody):
         if value is not None and second is not None and value != second:
             raise twice(name, other)
         return second if value is None else value
+
+    @property
+    def extra_fields(self) -> list[str]:
+        """The names of `nvext.extra_fields`."""
+        return [] if self.nvext is None else self.nvext.extra_fields or []
 
     @property
     def stops(self) -> list[str]:

@@ -222,8 +222,10 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
 NVEXT: Final = Parameters(
     refused={
         "use_raw_prompt": Refusal("use /v1/completions", _OFF),
-        "annotations": Refusal("streams carry chunks alone", ([],)),
-        "extra_fields": Refusal("answers have OpenAI's fields alone", ([],)),
+        "annotations": Refusal(
+            "streams carry chunks alone: use 'nvext.extra_fields', or /tokenize for the prompt's tokens",
+            ([],),
+        ),
         "prefill_worker_id": _ROUTING,
         "decode_worker_id": _ROUTING,
         "dp_rank": _ROUTING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import Completion, CompletionUsage, ErrorObject, Model
+from openai.types.chat import ChatCompletionChunk
 
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.llm_protocol import GenerateRequest
@@ -25,6 +28,64 @@ async def test_lists_and_retrieves_models(frontend: Any) -> None:
     model = await frontend.client.models.retrieve("demo")
     assert (model.id, model.object) == ("demo", "model")
     assert abs(model.created - time.time()) < 60
+
+
+def strictly(kind: Any, content: Any) -> Any:
+    """Read content by a type of the official client, without any conversion."""
+    return kind.model_validate_json(json.dumps(content), strict=True)
+
+
+async def test_models_have_the_types_of_the_client(frontend: Any) -> None:
+    listed = (await frontend.http.get("/v1/models")).json()
+    retrieved = (await frontend.http.get("/v1/models/demo")).json()
+    assert listed == {"object": "list", "data": [retrieved]}
+    model = strictly(Model, retrieved)
+    assert set(model.model_extra) == {"max_model_len"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", {"messages": MESSAGES}), ("/v1/completions", {"prompt": "Hi"})],
+    ids=["chat", "text"],
+)
+async def test_usage_chunks_have_the_types_of_the_client(frontend: Any, path: str, body: Any) -> None:
+    frontend.worker.script = frontend.worker.says(TEXT, cached_tokens=1)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": "demo", "stream": True, "stream_options": options, **body}
+    answer = await frontend.http.post(path, json=asked)
+    *events, done = answer.text.split("\n\n")[:-1]
+    assert done == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    usages = [strictly(CompletionUsage, chunk["usage"]) for chunk in chunks]
+    for usage in usages:
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert usage.model_extra == {}
+    assert chunks[-1]["choices"] == []
+    assert usages[-1].prompt_tokens_details.cached_tokens == 1
+    # The client's type of a text completion permits no null as the finish reason, which its server sends.
+    checked = chunks[-1:] if path == "/v1/completions" else chunks
+    kind = Completion if path == "/v1/completions" else ChatCompletionChunk
+    assert all(strictly(kind, chunk).model_extra == {} for chunk in checked)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", {}, 400),
+        ("POST", "/v1/completions", {"model": "no", "prompt": "x"}, 404),
+        ("POST", "/v1/responses", {"model": "demo", "input": []}, 400),
+        ("GET", "/v1/models/no", None, 404),
+        ("GET", "/v1/no", None, 404),
+        ("PUT", "/v1/models", None, 405),
+    ],
+)
+async def test_errors_have_the_types_of_the_client(
+    frontend: Any, method: str, path: str, body: Any, status: int
+) -> None:
+    answer = await frontend.http.request(method, path, json=body)
+    assert answer.status_code == status
+    assert list(answer.json()) == ["error"]
+    assert strictly(ErrorObject, answer.json()["error"]).model_extra == {}
 
 
 async def test_answers_a_chat(frontend: Any, demo_tokenizer: Tokenizer) -> None:

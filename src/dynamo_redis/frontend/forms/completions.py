@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, Self
 from dynamo_redis.frontend.choices import CompletionChoice, Usage
 from dynamo_redis.frontend.forms.base import ChoiceEncoder, ErrorForm
 from dynamo_redis.frontend.forms.detailed import DetailedEncoder, Logprobs
+from dynamo_redis.frontend.forms.extra_fields import ExtraFields
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.sse import DONE, ascii_json, escape, event, unicode_json
 from dynamo_redis.frontend.options import CompletionOptions
@@ -47,6 +48,8 @@ class CompletionForm(ABC):
         self._created = int(time.time())
         self._includes_usage = includes_usage
         self._chunk_frame = self._frame(self.chunk_name)
+        self.extra: ExtraFields | None = None
+        """The fields that are told beside OpenAI's; None: there are none."""
 
     @classmethod
     def of(cls, model: str, options: CompletionOptions, _: bytes = b"") -> Self:
@@ -103,14 +106,18 @@ class CompletionForm(ABC):
                 for choice in choices
             ],
             "usage": openai_usage(usage),
+            **self._nvext(choices, usage),
         }
         return json.dumps(completion, ensure_ascii=False).encode(errors="replace")
 
     def end(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
         """See `ResponseForm`."""
-        if not self._includes_usage:
-            return DONE
-        return event({**self._chunk_frame, "choices": [], "usage": openai_usage(usage)}) + DONE
+        further = {"usage": openai_usage(usage)} if self._includes_usage else {}
+        further |= self._nvext(choices, usage)
+        return event({**self._chunk_frame, "choices": [], **further}) + DONE if further else DONE
+
+    def _nvext(self, choices: Sequence[CompletionChoice], usage: Usage) -> dict[str, Any]:
+        return {} if self.extra is None else {"nvext": self.extra.of(choices, usage)}
 
     def failure(self, error: ApiError, request_id: str) -> bytes:
         """See `ResponseForm`."""

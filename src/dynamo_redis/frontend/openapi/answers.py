@@ -56,6 +56,14 @@ class Usage(TypedDict):
     completion_tokens_details: NotRequired[dict[str, int]]
 
 
+class Nvext(TypedDict):
+    """What `nvext.extra_fields` has asked for."""
+
+    worker_id: NotRequired[dict[str, int | None]]
+    timing: NotRequired[dict[str, float]]
+    stop_reason: NotRequired[str | None]
+
+
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
@@ -102,6 +110,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    nvext: NotRequired[Nvext]
 
 
 class TextChoice(TypedDict):
@@ -122,6 +131,7 @@ class TextCompletion(TypedDict):
     model: str
     choices: list[TextChoice]
     usage: Usage
+    nvext: NotRequired[Nvext]
 
 
 class AnthropicUsage(TypedDict):
