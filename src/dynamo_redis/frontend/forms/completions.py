@@ -112,7 +112,7 @@ class CompletionForm(ABC):
 
     def end(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
         """See `ResponseForm`."""
-        further = {"usage": openai_usage(usage)} if self._includes_usage else {}
+        further: dict[str, Any] = {"usage": openai_usage(usage)} if self._includes_usage else {}
         further |= self._nvext(choices, usage)
         return event({**self._chunk_frame, "choices": [], **further}) + DONE if further else DONE
 

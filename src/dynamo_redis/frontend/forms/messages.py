@@ -207,15 +207,12 @@ def _tool_use(call: Call) -> dict[str, Any]:
 def _counts(usage: Usage) -> dict[str, Any]:
     """Return the counts of tokens. Those of the prompt that were cached do not count as input."""
     cached = usage.cached_count or 0
-    details = (
-        {}
-        if usage.reasoning_count is None
-        else {"output_tokens_details": {"thinking_tokens": usage.reasoning_count}}
-    )
-    return {
+    counts: dict[str, Any] = {
         "input_tokens": usage.prompt_count - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": usage.answer_count,
-        **details,
     }
+    if usage.reasoning_count is not None:
+        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning_count}
+    return counts

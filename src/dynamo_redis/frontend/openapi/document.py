@@ -55,26 +55,22 @@ def document_bytes(routes: Iterable[BaseRoute], settings: FrontendSettings) -> b
                 ]
                 described["responses"]["401"] = _refusal(path, 401, schemas)
             paths.setdefault(path, {})[method.lower()] = described
-    document = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "dynamo-redis frontend",
-            "version": version("dynamo-redis"),
-            "description": _DESCRIPTION,
-        },
-        "paths": paths,
-        "components": {
-            "schemas": schemas.found,
-            **({"securitySchemes": _SCHEMES} if needs_keys else {}),
-        },
+    components: dict[str, Any] = {"schemas": schemas.found}
+    if needs_keys:
+        components["securitySchemes"] = _SCHEMES
+    info = {
+        "title": "dynamo-redis frontend",
+        "version": version("dynamo-redis"),
+        "description": _DESCRIPTION,
     }
+    document = {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
     return json.dumps(document, ensure_ascii=False).encode()
 
 
 def _describe(
     operation: Operation, method: str, path: str, overload_status: int, schemas: _Schemas
 ) -> dict[str, Any]:
-    responses = {
+    responses: dict[str, Any] = {
         str(status): {
             "description": HTTPStatus(status).phrase,
             "content": {media: schemas.content(media, kind) for media, kind in content.items()},

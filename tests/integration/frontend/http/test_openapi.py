@@ -148,7 +148,7 @@ async def test_anthropic_models_are_as_described(frontend: Frontend, path: str) 
         ("/v1/responses", {**RESPONSES, "store": True, "max_output_tokens": 5}, True),
         ("/v1/responses", {**RESPONSES, "background": True}, False),
         ("/detokenize", {"model": "demo", "tokens": [-1]}, False),
-        ("/busy_threshold", THRESHOLD, True),
+        ("/busy_threshold", {"model": "demo", "active_decode_blocks_threshold": None}, True),
         ("/busy_threshold", {**THRESHOLD, "active_decode_blocks_threshold": 1.5}, False),
         ("/busy_threshold", {**THRESHOLD, "odd": 1}, False),
         ("/clear_kv_blocks", {}, True),
