@@ -299,7 +299,7 @@ class MessagesBody(RequestBody):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def refuse_unsupported(self) -> None:
-        """See `RequestBody`."""
+        """See `CheckedBody`."""
         super().refuse_unsupported()
         for edit in (self.context_management or {}).get("edits") or ():
             kind = str(edit.get("type") if isinstance(edit, dict) else edit)[:80]

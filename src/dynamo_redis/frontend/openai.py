@@ -28,8 +28,8 @@ from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.media import MODALITY_OF, PART_ROLES
 from dynamo_redis.frontend.options import (
     MAX_LOGPROBS,
+    CheckedBody,
     CompletionOptions,
-    RequestBody,
     TokenId,
     by_type,
     twice,
@@ -348,7 +348,7 @@ class TextBody(CompletionOptions):
 
 # --------------------------------------------------------------------------- reading a body
 
-B = TypeVar("B", bound=RequestBody)
+B = TypeVar("B", bound=CheckedBody)
 
 _LONGEST_PART = 64
 _NO_FIELD = re.compile(r"<.*>|\[key\]")

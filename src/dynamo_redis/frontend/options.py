@@ -113,18 +113,23 @@ _SAMPLING = (
 )
 
 
-class RequestBody(BaseModel, ABC):
-    """The body of a request for an answer. Null is the same as absent."""
+class CheckedBody(BaseModel):
+    """The body of a request, of which no parameter is dropped silently. Null is the same as absent."""
 
     model_config = _FURTHER
-    tag: ClassVar[bytes]
-    """One byte that names the class to the process that parses large bodies."""
     further_parameters: ClassVar[Parameters]
 
     def refuse_unsupported(self) -> None:
         """Raise ApiError for a parameter that cannot be served, or that is unknown."""
         if self.model_extra:
             self.further_parameters.check(self.model_extra, type(self).model_fields)
+
+
+class RequestBody(CheckedBody, ABC):
+    """The body of a request that has a prompt."""
+
+    tag: ClassVar[bytes]
+    """One byte that names the class to the process that parses large bodies."""
 
     @abstractmethod
     def options(self) -> CompletionOptions:
@@ -188,7 +193,7 @@ class CompletionOptions(RequestBody):
         return self
 
     def refuse_unsupported(self) -> None:
-        """See `RequestBody`."""
+        """See `CheckedBody`."""
         super().refuse_unsupported()
         if self.min_tokens and self.wanted_tokens is not None and self.min_tokens > self.wanted_tokens:
             raise invalid(

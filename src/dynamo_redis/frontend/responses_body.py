@@ -287,7 +287,7 @@ class ResponsesBody(RequestBody):
     metadata: dict[str, str] | None = None
 
     def refuse_unsupported(self) -> None:
-        """See `RequestBody`."""
+        """See `CheckedBody`."""
         super().refuse_unsupported()
         for index, tool in enumerate(self.tools or ()):
             at = f"tools[{index}]"

@@ -21,7 +21,7 @@ from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.openai import ChatBody, read_body
-from dynamo_redis.frontend.options import RequestBody, TokenId
+from dynamo_redis.frontend.options import CheckedBody, TokenId
 from dynamo_redis.frontend.parameters import Parameters
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.tokenize_body import TokenizeBody
@@ -33,10 +33,9 @@ _CLIENT_LEFT = 499
 _LARGE_COUNT = 1024
 
 
-class DetokenizeBody(RequestBody):
+class DetokenizeBody(CheckedBody):
     """`POST /detokenize`."""
 
-    tag = b"D"
     further_parameters = Parameters(refused={})
 
     model: str

@@ -44,7 +44,8 @@ async def test_answers_have_the_fields_asked_for(frontend: Frontend, path: str, 
 
 
 async def test_answers_have_no_fields_beyond_them(frontend: Frontend) -> None:
-    for nvext in (None, {}, {"extra_fields": []}, {"extra_fields": None}):
+    asked: list[Any] = [None, {}, {"extra_fields": []}, {"extra_fields": None}]
+    for nvext in asked:
         answer = await frontend.http.post("/v1/completions", json={**TEXT, "nvext": nvext})
         assert "nvext" not in answer.json()
     answer = await frontend.http.post("/v1/completions", json={**TEXT, "nvext": {"extra_fields": ["timing"]}})

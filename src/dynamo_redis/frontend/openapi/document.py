@@ -16,7 +16,7 @@ from dynamo_redis.frontend.apis import errors_of
 from dynamo_redis.frontend.forms.messages import ANTHROPIC_ERRORS, OVERLOADED
 from dynamo_redis.frontend.openapi.answers import AnthropicErrorAnswer, ErrorAnswer
 from dynamo_redis.frontend.openapi.operations import JSON, OPERATIONS, Operation
-from dynamo_redis.frontend.options import RequestBody
+from dynamo_redis.frontend.options import CheckedBody
 from dynamo_redis.frontend.parameters import NVEXT, STREAM_OPTIONS, Parameters
 
 OPENAPI_PATH: Final = "/openapi.json"
@@ -125,7 +125,7 @@ class _Schemas:
         """Return the schema of a type. Types within a body have its name before theirs: types of several
         APIs have the same names."""
         name = getattr(kind, "__name__", "")
-        is_body = isinstance(kind, type) and issubclass(kind, RequestBody)
+        is_body = isinstance(kind, type) and issubclass(kind, CheckedBody)
         prefix = f"{name}." if is_body else ""
         schema = TypeAdapter(kind).json_schema(ref_template=f"{_REFERENCE}{prefix}{{model}}")
         for inner, definition in schema.pop("$defs", {}).items():
