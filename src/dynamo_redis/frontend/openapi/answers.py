@@ -57,7 +57,7 @@ class Usage(TypedDict):
 
 
 class Nvext(TypedDict):
-    """What `nvext.extra_fields` has asked for."""
+    """The fields that `nvext.extra_fields` asks for."""
 
     worker_id: NotRequired[dict[str, int | None]]
     timing: NotRequired[dict[str, float]]

@@ -1,4 +1,4 @@
-"""What each route of the HTTP API takes and answers, for its document.
+"""The operations of the HTTP API for its document: the bodies, answers and errors of each route.
 
 A route that has no entry here cannot be described: a test holds the table to the routes of the application.
 """
