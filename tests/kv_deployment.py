@@ -24,6 +24,7 @@ from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.events.publisher import EventPublisher
+from dynamo_redis.events.shards import kv_event_streams, shard_of, shards_count
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.index import followers, members, recovery
 from dynamo_redis.router.index import indexer as indexer_module
@@ -94,8 +95,16 @@ class SimulatedWorker:
         epoch = random.Random(f"epoch {seed} {time.monotonic_ns()}").getrandbits(62)
         self.ids = [PublisherId(self.instance_id, epoch, rank) for rank in range(rank_count)]
         durable = events.event_plane == "stream"
+        shards = kv_event_streams(NAMESPACE, COMPONENT, events)
         self.senders = [
-            EventPublisher(runtime.events, STREAM, each, events, durable=durable, only_while_read=durable)
+            EventPublisher(
+                runtime.events,
+                shards[shard_of(each, len(shards))],
+                each,
+                events,
+                durable=durable,
+                only_while_read=durable,
+            )
             for each in self.ids
         ]
         self.ranks = [
@@ -116,6 +125,7 @@ class SimulatedWorker:
         dump = KvDump(
             {each: rank.publisher for each, rank in zip(self.ids, self.ranks, strict=True)},
             event_plane=self.runtime.settings.events.event_plane,
+            shards_count=shards_count(self.runtime.settings.events),
             on_asked=self._wake,
         )
 

@@ -70,7 +70,7 @@ def _restore(path: Path) -> tuple[float, float, float]:
     began = time.perf_counter()
     index = indexed(batches)
     built_s = time.perf_counter() - began
-    content = b"".join(encode_snapshot(IndexSnapshot(BEGINNING, {}, index)))
+    content = b"".join(encode_snapshot(IndexSnapshot((BEGINNING,), {}, index)))
     began = time.perf_counter()
     restored = decode_snapshot(content)
     restored_s = time.perf_counter() - began

@@ -293,11 +293,11 @@ async def test_a_tail_reads_from_a_position_or_an_age(plane: Plane) -> None:
 
 
 async def test_the_clock_is_that_of_entries(plane: Plane) -> None:
-    before = await plane.streams.time_ms()
+    before = await plane.streams.time_ms(STREAM)
     tail = plane.streams.tail(STREAM, max_age_s=60.0)
     await plane.streams.append(STREAM, [NewEntry(b"a", 1)])
     [entry] = await take(tail, 1)
-    assert before <= entry_order(entry.entry_id)[0] <= await plane.streams.time_ms()
+    assert before <= entry_order(entry.entry_id)[0] <= await plane.streams.time_ms(STREAM)
     await tail.aclose()
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,10 +36,11 @@ async def deployed(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIter
 
 
 async def stored_position(router: Indexer) -> EntryId | None:
-    return await router._snapshots.position()
+    positions = await router._snapshots.positions()
+    return positions[0] if positions else None
 
 
-def always(_: EntryId) -> bool:
+def always(_: Sequence[EntryId]) -> bool:
     return True
 
 
@@ -132,7 +133,7 @@ async def test_a_snapshot_that_cannot_be_read_is_ignored_with_one_line(
     elif damage == "cut short":
         del content[len(content) // 2 :]
     elif damage == "another version":
-        monkey = IndexSnapshot(EntryId("1-1"), {}, router.index)
+        monkey = IndexSnapshot((EntryId("1-1"),), {}, router.index)
         content = bytearray(b"".join(_encoded_as(99, monkey)))
     else:
         content = bytearray(b"something else")
@@ -180,7 +181,7 @@ async def test_a_snapshot_never_replaces_one_that_is_further(deployed: Deploymen
     await ahead.save_snapshot()
     position = await stored_position(ahead)
     assert position is not None
-    assert entry_order(position) > entry_order(EntryId(old.position))
+    assert entry_order(position) > entry_order(old.positions[0])
     await router._snapshots.save(lambda: old, always)
     assert await stored_position(ahead) == position
     await deployed.wait_until_equal(await deployed.router())
@@ -268,7 +269,7 @@ async def save(router: Indexer) -> EntryId:
     async with asyncio.timeout(WAIT_S):
         while True:
             try:
-                return (await router._snapshots.save(router._take_snapshot, always)).position
+                return (await router._snapshots.save(router._take_snapshot, always)).positions[0]
             except LockNotAcquired:
                 await asyncio.sleep(0.01)
 

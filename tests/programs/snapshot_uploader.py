@@ -87,7 +87,7 @@ def snapshots_signalled_at(point: str, writes: list[asyncio.Future[ObjectInfo]])
     client.script = script  # type: ignore[method-assign, assignment]
     objects.put = put_on  # type: ignore[method-assign]
     stream = StreamName("test", "backend", "kv_events")
-    snapshots = Snapshots(objects, RedisLocks(client, PREFIX), streams, stream, lock_ttl_s=0.2)
+    snapshots = Snapshots(objects, RedisLocks(client, PREFIX), streams, (stream,), lock_ttl_s=0.2)
     if HOW == "plain":
         snapshots._lock = PlainLock()  # type: ignore[assignment]
     return snapshots

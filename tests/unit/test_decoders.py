@@ -19,7 +19,7 @@ from dynamo_redis.models.card import ModelCard
 from dynamo_redis.names import EndpointName, InstanceId, kv_router_key
 from dynamo_redis.router.index.ledger import Ledger
 from dynamo_redis.router.index.prefix_index import KvIndex
-from dynamo_redis.router.index.snapshot import decode_snapshot, snapshot_position
+from dynamo_redis.router.index.snapshot import decode_snapshot, snapshot_positions
 from dynamo_redis.router.router_state import check_state
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Record, Revision
@@ -189,7 +189,7 @@ def test_message_does_not_show_a_secret() -> None:
 
 
 @pytest.mark.parametrize("name", WORST_MSGPACK)
-@pytest.mark.parametrize("decode", [EventBatch.from_bytes, decode_snapshot, snapshot_position])
+@pytest.mark.parametrize("decode", [EventBatch.from_bytes, decode_snapshot, snapshot_positions])
 def test_worst_msgpack_is_invalid(decode: Callable[[bytes], Any], name: str) -> None:
     with pytest.raises(InvalidRecord):
         decode(WORST_MSGPACK[name])

@@ -26,7 +26,7 @@ from dynamo_redis.cli.output import (
     print_table,
 )
 from dynamo_redis.errors import InvalidRecord, StoreUnavailable
-from dynamo_redis.names import decode_segment, format_instance_id
+from dynamo_redis.names import format_instance_id
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, StreamInfo, StreamName
 from dynamo_redis.wire import kv_event
 from dynamo_redis.wire.event import EventBatch
@@ -242,11 +242,10 @@ async def _read(stream: str | None, options: dict[str, str | None]) -> tuple[lis
 
 
 def _parse(text: str) -> StreamName:
-    parts = text.split("/")
-    if not (3 <= len(parts) <= 4 and all(parts) and (len(parts) == 3 or parts[3].isdecimal())):
+    name = StreamName.of_path(text if text.count("/") > 2 else f"{text}/0")
+    if name is None:
         raise click.UsageError(f"{text!r} does not name a stream: write NAMESPACE/COMPONENT/TOPIC[/SHARD]")
-    namespace, component, topic = map(decode_segment, parts[:3])
-    return StreamName(namespace, component, topic, int(parts[3]) if len(parts) == 4 else 0)
+    return name
 
 
 def _name(stream: StreamName) -> str:

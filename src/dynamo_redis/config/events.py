@@ -40,6 +40,13 @@ class EventSettings(SettingsGroup):
         "Most bytes of events that a publisher holds.",
         unit="bytes",
     )
+    event_shards_count: Annotated[int, Field(ge=1, le=256)] = setting(
+        "DYN_EVENT_SHARDS",
+        1,
+        "Streams over which a component's KV events are spread, by worker: as many as the cluster has "
+        "masters. Alike for workers and routers; without a cluster it is of no use.",
+        unit="streams",
+    )
     event_stream_events_count: Annotated[int, Field(ge=1000)] = setting(
         "DYN_EVENT_STREAM_EVENTS", 1_000_000, "Most events that one stream keeps.", unit="events"
     )

@@ -1,8 +1,8 @@
 """The endpoint `kv_dump`: a worker sends a router the events that it has missed, or all blocks.
 
     request  {"have": [[epoch, dp_rank, next_sequence], …]}   the events applied of each rank
-    answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence", "event_plane", "block_size"}, and
-             then any number of {"batch": …}
+    answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence", "event_plane", "event_shards",
+             "block_size"}, and then any number of {"batch": …}
 
 A `range` has the events from the caller's `next_sequence` on. A `dump` has the rank's blocks, to be applied
 to an emptied worker; each of its batches has the rank's `next_sequence`. After either, the caller has applied
@@ -35,12 +35,15 @@ class KvDump:
         ranks: Mapping[PublisherId, KvPublisher],
         *,
         event_plane: str = "stream",
+        shards_count: int = 1,
         on_asked: Callable[[], None] | None = None,
     ) -> None:
-        """`event_plane` is the event plane by which the ranks' events are sent. `on_asked` is called before
+        """`event_plane` is the event plane by which the ranks' events are sent, over `shards_count` streams.
+        `on_asked` is called before
         an answer is made: there is a router, which will read the events that follow the answer."""
         self._ranks = ranks
         self._event_plane = event_plane
+        self._shards_count = shards_count
         self._on_asked = on_asked
 
     async def generate(self, request: Any) -> AsyncGenerator[dict[str, Any], None]:
@@ -69,6 +72,7 @@ class KvDump:
                 "kind": kind,
                 "next_sequence": rank.next_sequence,
                 "event_plane": self._event_plane,
+                "event_shards": self._shards_count,
                 "block_size": rank.block_size,
             }
             for batch in batches:

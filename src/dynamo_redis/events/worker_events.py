@@ -11,12 +11,12 @@ from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.events.metrics import publisher_families
 from dynamo_redis.events.publisher import EventPublisher
+from dynamo_redis.events.shards import kv_event_streams, shard_of
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.serving import ServedEndpoint
-from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.wire.event import PublisherId
-from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
+from dynamo_redis.wire.topics import KV_DUMP
 
 
 class WorkerEvents:
@@ -41,7 +41,7 @@ class WorkerEvents:
     ) -> None:
         self.epoch = secrets.randbits(63)
         self._runtime = runtime
-        self._stream = StreamName(namespace, component, KV_EVENTS)
+        self._endpoint = EndpointName(namespace, component, KV_DUMP)
         self._block_size = block_size
         self._settings = settings or runtime.settings.events
         self._ranks: dict[PublisherId, KvPublisher] = {}
@@ -49,7 +49,8 @@ class WorkerEvents:
         self._started: set[int] = set()
         self._starting = asyncio.Lock()
         self._served: ServedEndpoint | None = None
-        self._end_metrics = runtime.add_metrics(lambda: publisher_families(self._stream, self._publishers))
+        self._shards = kv_event_streams(namespace, component, self._settings)
+        self._end_metrics = runtime.add_metrics(lambda: publisher_families(self._shards[0], self._publishers))
 
     def rank(self, dp_rank: int) -> KvPublisher:
         """Return the publisher of a rank, made at the first call. Reports before `start` wait."""
@@ -59,7 +60,7 @@ class WorkerEvents:
             return known
         publisher = EventPublisher(
             self._runtime.events,
-            self._stream,
+            self._shards[shard_of(publisher_id, len(self._shards))],
             publisher_id,
             self._settings,
             durable=self._settings.event_plane == "stream",
@@ -84,10 +85,14 @@ class WorkerEvents:
                     self._started.add(dp_rank)
                     await publisher.start()
             if self._served is None:
-                name = EndpointName(self._stream.namespace, self._stream.component, KV_DUMP)
-                dump = KvDump(self._ranks, event_plane=self._settings.event_plane, on_asked=wake_publishers)
+                dump = KvDump(
+                    self._ranks,
+                    event_plane=self._settings.event_plane,
+                    shards_count=len(self._shards),
+                    on_asked=wake_publishers,
+                )
                 # A router has no use for the rest of an answer when the worker is about to leave.
-                self._served = await self._runtime.endpoint(str(name)).start_serving(
+                self._served = await self._runtime.endpoint(str(self._endpoint)).start_serving(
                     dump.generate, graceful_shutdown=False
                 )
         return self

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NewType, Protocol, Self
 
 from dynamo_redis.errors import InvalidRecord
-from dynamo_redis.names import encode_segment
+from dynamo_redis.names import decode_segment, encode_segment
 
 EntryId = NewType("EntryId", str)
 """An entry's place in its stream, `<ms>-<n>`. `entry_order` orders them."""
 
 _ENTRY_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+
+_SHARD: Final = re.compile(r"([0-9]{1,9})(?:of([1-9][0-9]{0,8}))?")
 
 BEGINNING = EntryId("0-0")
 """Position before the first entry of any stream."""
@@ -49,18 +51,36 @@ def just_before(ms: int) -> EntryId:
 
 @dataclass(frozen=True, slots=True)
 class StreamName:
-    """The name of a stream or topic: a component's topic, in shards."""
+    """The name of a stream or topic: a component's topic, or one of the `shards_count` shards of it."""
 
     namespace: str
     component: str
     topic: str
     shard: int = 0
+    shards_count: int = 1
 
     @property
     def path(self) -> str:
-        """`dynamo/backend/kv_events/0`, each part percent-encoded: the hash tag behind the prefix."""
+        """`dynamo/backend/kv_events/0`, or `…/1of3` for the second of three shards, each part
+        percent-encoded."""
         parts = map(encode_segment, (self.namespace, self.component, self.topic))
-        return f"{'/'.join(parts)}/{self.shard}"
+        of = f"of{self.shards_count}" if self.shards_count > 1 else ""
+        return f"{'/'.join(parts)}/{self.shard}{of}"
+
+    @classmethod
+    def of_path(cls, path: str) -> StreamName | None:
+        """Return the stream with that `path`; None if no stream has it."""
+        parts = path.split("/")
+        found = _SHARD.fullmatch(parts[3]) if len(parts) == 4 and all(parts) else None
+        if found is None:
+            return None
+        shard, shards_count = int(found[1]), int(found[2] or 1)
+        namespace, component, topic = map(decode_segment, parts[:3])
+        return cls(namespace, component, topic, shard, shards_count)
+
+    def shards(self) -> tuple[StreamName, ...]:
+        """Return all shards of its topic."""
+        return tuple(replace(self, shard=shard) for shard in range(self.shards_count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +209,8 @@ class EventStreams(Protocol):
         server's clock."""
         ...
 
-    async def time_ms(self) -> int:
-        """Return the server's clock, by which entries have their ids. Raises StoreError."""
+    async def time_ms(self, stream: StreamName) -> int:
+        """Return the server's clock, by which entries of a stream have their ids. Raises StoreError."""
         ...
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:

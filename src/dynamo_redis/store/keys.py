@@ -7,9 +7,11 @@ the registry, and a tag for each object, lock and stream.
 from __future__ import annotations
 
 import re
+from binascii import crc_hqx
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Literal
 
 from dynamo_redis.errors import ConfigError
@@ -43,7 +45,11 @@ most."""
 Inbox = Literal["requests", "replies"]
 """The two kinds of a process's stream on the redis plane: workers read requests, callers read replies."""
 
+SLOTS_COUNT = 16_384
+"""Slots of a cluster."""
+
 _EVENTS = ":events"
+_SALT = re.compile(r"~[0-9]+$")
 _GLOB = re.compile(r"([*?\[\]\\^])")
 
 
@@ -192,7 +198,13 @@ class StreamKeys:
 
     @cached_property
     def tag(self) -> str:
-        return f"{{{self.prefix}/{self.stream.path}}}"
+        """The hash tag. That of a shard is chosen by its slot: the shards divide the slots of a cluster
+        evenly, as its masters do."""
+        path, shard, shards_count = self.stream.path, self.stream.shard, self.stream.shards_count
+        tags = (f"{self.prefix}/{path}{'~' * bool(salt)}{salt or ''}" for salt in count())
+        if shards_count > 1:
+            tags = (tag for tag in tags if slot_of_tag(tag) * shards_count // SLOTS_COUNT == shard)
+        return f"{{{next(tags)}}}"
 
     @cached_property
     def events(self) -> str:
@@ -246,11 +258,13 @@ def stream_pattern(prefix: str) -> str:
 def stream_of_key(prefix: str, key: bytes) -> StreamName | None:
     """Return the name of the stream whose entries a key holds; None for any other key."""
     path = key.decode("utf-8", "replace").removeprefix(f"{{{prefix}/").removesuffix("}" + _EVENTS)
-    parts = path.split("/")
-    if len(parts) != 4 or not parts[3].isdecimal():
-        return None
-    namespace, component, topic = map(decode_segment, parts[:3])
-    return StreamName(namespace, component, topic, int(parts[3]))
+    return StreamName.of_path(_SALT.sub("", path))
+
+
+def slot_of_tag(tag: str) -> int:
+    """Return the slot of a cluster to which keys with this hash tag belong, as the cluster specification
+    computes it: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/"""
+    return crc_hqx(tag.encode(), 0) % SLOTS_COUNT
 
 
 def format_lease(lease: LeaseId | None) -> str:

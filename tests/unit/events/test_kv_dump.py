@@ -14,7 +14,7 @@ from dynamo_redis.wire.kv_event import CLEARED, STORED, KvEvent, read_kv_events
 
 COUNT = 10_000
 ME = PublisherId(7, 8, 0)
-HEADER = {"epoch": 8, "dp_rank": 0, "event_plane": "stream", "block_size": 1}
+HEADER = {"epoch": 8, "dp_rank": 0, "event_plane": "stream", "event_shards": 1, "block_size": 1}
 
 
 def _apply(held: set[int], events: list[KvEvent]) -> set[int]:

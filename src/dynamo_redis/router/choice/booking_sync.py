@@ -223,7 +223,7 @@ class BookingSync:
         pace = Pace(PACE_S, _READ_COUNT)
 
         async def read_on() -> None:
-            now_ms = await self._streams.time_ms()
+            now_ms = await self._streams.time_ms(self._stream)
             # A read of large entries may return fewer than asked for, although more follow.
             while entries := await tail.read(count=_READ_COUNT, block_s=_OLD_BLOCK_S):
                 for entry in entries:

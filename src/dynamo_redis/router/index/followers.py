@@ -50,8 +50,8 @@ class Intake(Protocol):
         """Apply one message or entry; return the number of its events. Never raises."""
         ...
 
-    def note_applied(self, position: EntryId, event_count: int) -> None:
-        """Note that the entry at `position`, of `event_count` events, was applied."""
+    def note_applied(self, shard: int, position: EntryId, event_count: int) -> None:
+        """Note that the entry of a shard at `position`, of `event_count` events, was applied."""
         ...
 
     def restore(self, snapshot: IndexSnapshot) -> None:
@@ -62,13 +62,37 @@ class Intake(Protocol):
         """Note that events of any worker may have been missed."""
         ...
 
-    def note_caught_up(self) -> None:
-        """Note that all events that were there when reading began have been read. Idempotent."""
+    def note_caught_up(self, shard: int) -> None:
+        """Note that all events of a shard that were there when reading began have been read. Idempotent."""
         ...
 
 
 LoadSnapshot = Callable[[], Awaitable[IndexSnapshot | None]]
 """Returns the stored snapshot, or None if there is none that can be read. Raises StoreError."""
+
+
+class SnapshotStart:
+    """The snapshot from which the followers of all shards begin: loaded and restored once."""
+
+    def __init__(self, load: LoadSnapshot, intake: Intake) -> None:
+        self._load = load
+        self._intake = intake
+        self._lock = asyncio.Lock()
+        self._positions: tuple[EntryId, ...] | None = None
+        self._restored = False
+
+    async def position(self, shard: int) -> EntryId:
+        """Return the snapshot's position in a shard; the first call restores the snapshot before it returns.
+
+        BEGINNING without a snapshot. Raises StoreError; then the next call tries again."""
+        async with self._lock:
+            if not self._restored:
+                snapshot = await self._load()
+                if snapshot is not None:
+                    self._intake.restore(snapshot)
+                    self._positions = snapshot.positions
+                self._restored = True
+        return BEGINNING if self._positions is None else self._positions[shard]
 
 
 class _Follower:
@@ -95,7 +119,7 @@ class _Follower:
 
 
 class StreamFollower(_Follower):
-    """Follows a stream. `run` ends only by cancellation; `aclose` then removes the group.
+    """Follows a stream, or one shard. `run` ends only by cancellation; `aclose` then removes the group.
 
     The group is made first, so that no entry behind its position is trimmed. Then the snapshot is read, and
     the group moved to the snapshot's position. If entries behind that position have been trimmed, reading
@@ -110,7 +134,7 @@ class StreamFollower(_Follower):
         stream: StreamName,
         group_name: str,
         intake: Intake,
-        load_snapshot: LoadSnapshot,
+        start: SnapshotStart,
     ) -> None:
         super().__init__()
         self.position: EntryId = BEGINNING
@@ -118,8 +142,8 @@ class StreamFollower(_Follower):
         self._group: EventGroup = streams.group(stream, group_name)
         self._stream = stream
         self._intake = intake
-        self._load_snapshot = load_snapshot
-        self._restored = False
+        self._start = start
+        self._has_begun = False
         self._end: EntryId | None = None  # the stream's, when reading began; None: begin anew
         self._may_have_lost = False  # events, since the last read; the intake is not told yet
         self._pace = Pace(PACE_S, UNPACED_COUNT)
@@ -167,13 +191,12 @@ class StreamFollower(_Follower):
         await self._group.aclose()
 
     async def _begin(self) -> EntryId:
-        """Make the group, and at the first time restore the snapshot. Return the stream's end."""
+        """Make the group, and at the first time move it to the snapshot. Return the stream's end."""
         end = await self._group.create()
-        if self._restored:
+        if self._has_begun:
             self.position = end
             return end
-        snapshot = await self._load_snapshot()
-        position = BEGINNING if snapshot is None else snapshot.position
+        position = await self._start.position(self._stream.shard)
         try:
             if entry_order(position) > entry_order(end):
                 raise StreamTrimmed(f"the stream ends at {end}, before the snapshot's {position}")
@@ -182,9 +205,7 @@ class StreamFollower(_Follower):
             log.info("KV events of %s begin at their end, workers are asked: %s", self._stream.path, exc)
             position = end
             self._may_have_lost = True
-        if snapshot is not None:
-            self._intake.restore(snapshot)
-        self._restored = True
+        self._has_begun = True
         self.position = position
         return end
 
@@ -194,7 +215,7 @@ class StreamFollower(_Follower):
         for entry in entries:
             event_count = self._intake.apply(entry.content)
             self.position = entry.entry_id
-            self._intake.note_applied(entry.entry_id, event_count)
+            self._intake.note_applied(self._stream.shard, entry.entry_id, event_count)
             if time.monotonic() - began_at > SLICE_S:
                 await asyncio.sleep(0)
                 began_at = time.monotonic()
@@ -203,7 +224,7 @@ class StreamFollower(_Follower):
 
     def _note_caught_up(self, end: EntryId) -> None:
         if entry_order(self.position) >= entry_order(end):
-            self._intake.note_caught_up()
+            self._intake.note_caught_up(self._stream.shard)
 
 
 class TopicFollower(_Follower):
@@ -229,7 +250,7 @@ class TopicFollower(_Follower):
                     self._subscription = await self._streams.subscribe(self._topic)
                     self._set_connected(True)
                     self._intake.note_possible_loss()
-                    self._intake.note_caught_up()
+                    self._intake.note_caught_up(self._topic.shard)
                 subscription = self._subscription
                 message = await subscription.next(BLOCK_S)
                 until = time.monotonic() + SLICE_S

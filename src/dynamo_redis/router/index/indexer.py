@@ -18,16 +18,17 @@ from typing import Any, Final
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import InvalidRecord, StoreError, StoreUnavailable
+from dynamo_redis.events.shards import kv_event_streams
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.router.base import Matched, Worker
-from dynamo_redis.router.index.followers import StreamFollower, TopicFollower
+from dynamo_redis.router.index.followers import SnapshotStart, StreamFollower, TopicFollower
 from dynamo_redis.router.index.ledger import Ledger, Outcome
 from dynamo_redis.router.index.members import Members
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.router.index.recovery import OnBlockSize, Recovery
 from dynamo_redis.router.index.snapshot import IndexSnapshot, decode_snapshot
-from dynamo_redis.router.index.snapshotter import Snapshots, Snapshotter, StoredSnapshot
+from dynamo_redis.router.index.snapshotter import Snapshots, Snapshotter, StoredSnapshot, positions_text
 from dynamo_redis.router.index.state import IndexerState
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -59,8 +60,9 @@ _Lag = tuple[int | None, float | None]
 class Indexer:
     """The index of one component's workers, and the tasks that keep it.
 
-    One task follows the events, one follows the members, one frees memory and measures the lag, one stores
-    snapshots, and one more runs for each worker that is asked. All end with `aclose`. For one event loop.
+    One task follows the events of each shard, one follows the members, one frees memory and measures the lag,
+    one stores snapshots, and one more runs for each worker that is asked. All end with `aclose`. For one
+    event loop.
 
     While Redis is away the index stays as it is. `find` is synchronous, and never waits.
     """
@@ -83,6 +85,7 @@ class Indexer:
         self._on_block_size = on_block_size
         self._runtime = runtime
         self._streams = runtime.events
+        self._shards = kv_event_streams(namespace, component, runtime.settings.events)
         self._stream = StreamName(namespace, component, KV_EVENTS)
         self._workers = f"{namespace}.{component}.{KV_DUMP}"
         self._ledger = Ledger(
@@ -97,7 +100,7 @@ class Indexer:
             prune_target_ratio=settings.router_prune_target_ratio,
         )
         self._snapshots = Snapshots(
-            runtime.objects, runtime.locks, self._streams, self._stream, decode=decode
+            runtime.objects, runtime.locks, self._streams, self._shards, decode=decode
         )
         self._snapshotter = Snapshotter(
             self._snapshots,
@@ -105,17 +108,20 @@ class Indexer:
             lambda timeout_s: self._recovery.wait_until_idle(timeout_s),
             settings.router_snapshot_threshold,
         )
-        self._follower: StreamFollower | TopicFollower
+        self._followers: Sequence[StreamFollower | TopicFollower]
         if self._mode == "pubsub":
-            self._follower = TopicFollower(self._streams, self._stream, self)
+            self._followers = [TopicFollower(self._streams, self._stream, self)]
         else:
-            self._follower = StreamFollower(
-                self._streams, self._stream, router_id, self, self._snapshotter.load
-            )
+            begin = SnapshotStart(self._snapshotter.load, self)
+            self._followers = [
+                StreamFollower(self._streams, shard, router_id, self, begin) for shard in self._shards
+            ]
         self._client: Client | None = None
         self._recovery: Recovery
         self._members: Members
         self._tasks: list[asyncio.Task[None]] = []
+        self._behind = set(range(len(self._shards)))
+        """The shards whose earlier events have not been read yet."""
         self._has_caught_up = asyncio.Event()
         self._lag: _Lag = (None, None)
         self._supervisor = Supervisor(log, f"index of {self._stream.path}")
@@ -148,7 +154,7 @@ class Indexer:
                 else:
                     log.info("snapshot and stream of %s are reset", self._stream.path)
                     is_reset = True
-            await self._follower.run()
+            await asyncio.gather(*(follower.run() for follower in self._followers))
 
         until = time.monotonic() + START_S
         backoff = Backoff()
@@ -159,7 +165,9 @@ class Indexer:
                 if time.monotonic() > until:
                     raise
                 await asyncio.sleep(backoff.next_s())
-        self._recovery = Recovery(self._ledger, self._client, self._mode, self._on_block_size)
+        self._recovery = Recovery(
+            self._ledger, self._client, self._mode, self._on_block_size, shards_count=len(self._shards)
+        )
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
         self._spawn(follow(), "follow KV events")
@@ -184,7 +192,7 @@ class Indexer:
             await self._snapshotter.aclose()
             await self._members.aclose()
             await self._recovery.aclose()
-            await self._follower.aclose()
+            await asyncio.gather(*(follower.aclose() for follower in self._followers))
             await client.aclose()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -212,16 +220,18 @@ class Indexer:
     def state(self) -> IndexerState:
         """Return the present state, for `router-state` and metrics."""
         is_running = self._client is not None
-        follower, recovery = self._follower, self._recovery if is_running else None
-        lag_count, lag_s = self._lag if follower.connected else (None, None)
+        recovery = self._recovery if is_running else None
+        is_connected = all(follower.connected for follower in self._followers)
+        lag_count, lag_s = self._lag if is_connected else (None, None)
+        positions = self._positions()
         return IndexerState(
             mode=self._mode,
-            connected=follower.connected,
-            disconnected_s=round(follower.disconnected_s, 3),
-            caught_up=follower.connected and self._has_caught_up.is_set(),
+            connected=is_connected,
+            disconnected_s=round(max(follower.disconnected_s for follower in self._followers), 3),
+            caught_up=is_connected and self._has_caught_up.is_set(),
             block_count=self.index.block_count,
             worker_count=len(self.index.workers()),
-            position=follower.position if isinstance(follower, StreamFollower) else None,
+            position=positions_text(positions) if positions else None,
             lag_count=lag_count,
             lag_s=lag_s,
             snapshot=self._snapshotter.last,
@@ -230,7 +240,7 @@ class Indexer:
             repeated_count=self._ledger.repeated_count,
             unreadable_count=self._unreadable_count,
             gaps_count=self._gaps_count,
-            cut_off_count=follower.cut_off_count,
+            cut_off_count=sum(follower.cut_off_count for follower in self._followers),
             recovered_count=recovery.recovered_count if recovery else 0,
             unanswered_count=recovery.failed_count if recovery else 0,
             asking=tuple(format_instance_id(i) for i in recovery.asking()) if recovery else (),
@@ -261,9 +271,9 @@ class Indexer:
             self._members.recover(batch.publisher.instance_id)
         return len(batch.events)
 
-    def note_applied(self, position: EntryId, event_count: int) -> None:
+    def note_applied(self, shard: int, position: EntryId, event_count: int) -> None:
         """As `Intake.note_applied`."""
-        self._snapshotter.note_applied(position, event_count)
+        self._snapshotter.note_applied(shard, position, event_count)
 
     def restore(self, snapshot: IndexSnapshot) -> None:
         """As `Intake.restore`."""
@@ -273,9 +283,10 @@ class Indexer:
         """As `Intake.note_possible_loss`."""
         self._recovery.ask_all()
 
-    def note_caught_up(self) -> None:
-        """As `Intake.note_caught_up`."""
-        if not self._has_caught_up.is_set():
+    def note_caught_up(self, shard: int) -> None:
+        """As `Intake.note_caught_up`. What follows waits for all shards."""
+        self._behind.discard(shard)
+        if not self._behind and not self._has_caught_up.is_set():
             self._members.note_caught_up()
             # A worker's process may have been replaced since the snapshot was taken. That is rare, so the
             # workers are asked a little later, when requests are served already. The time is random, since
@@ -287,8 +298,11 @@ class Indexer:
 
     def _take_snapshot(self) -> IndexSnapshot:
         """Return the present index, as a snapshot to store."""
-        assert isinstance(self._follower, StreamFollower)
-        return IndexSnapshot(self._follower.position, self._ledger.exact(), self._ledger.index)
+        return IndexSnapshot(self._positions(), self._ledger.exact(), self._ledger.index)
+
+    def _positions(self) -> tuple[EntryId, ...]:
+        """Return the entry applied last of each shard; nothing without streams."""
+        return tuple(one.position for one in self._followers if isinstance(one, StreamFollower))
 
     # ----------------------------------------------------------------- tasks
 
@@ -302,15 +316,26 @@ class Indexer:
             if self._mode != "stream" or time.monotonic() - measured_at <= _LAG_S:
                 continue
             measured_at = time.monotonic()
-            assert isinstance(self._follower, StreamFollower)
-            try:
-                info = await self._streams.info(self._stream)
-            except StoreError:
-                info = None
-            groups = info.groups if info else ()
-            group = next((group for group in groups if group.name == self.router_id), None)
-            if info is None or group is None:
+            lags = [
+                await self._shard_lag(shard, position)
+                for shard, position in zip(self._shards, self._positions(), strict=True)
+            ]
+            known = [lag for lag in lags if lag is not None]
+            if len(known) < len(lags):
                 self._lag = None, None
             else:
-                behind_ms = entry_order(info.last_entry_id)[0] - entry_order(self._follower.position)[0]
-                self._lag = group.lag_count, max(0, behind_ms) / 1000
+                self._lag = sum(count for count, _ in known), max(seconds for _, seconds in known)
+
+    async def _shard_lag(self, shard: StreamName, position: EntryId) -> tuple[int, float] | None:
+        """Return the entries and seconds by which this router's group is behind a shard's end; None if that
+        cannot be read."""
+        try:
+            info = await self._streams.info(shard)
+        except StoreError:
+            info = None
+        groups = info.groups if info else ()
+        group = next((group for group in groups if group.name == self.router_id), None)
+        if info is None or group is None:
+            return None
+        behind_ms = entry_order(info.last_entry_id)[0] - entry_order(position)[0]
+        return group.lag_count, max(0, behind_ms) / 1000

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import InvalidRecord, PlaneError
@@ -52,11 +52,18 @@ class Recovery:
     """
 
     def __init__(
-        self, ledger: Ledger, client: Client, event_plane: str, on_block_size: OnBlockSize | None = None
+        self,
+        ledger: Ledger,
+        client: Client,
+        event_plane: str,
+        on_block_size: OnBlockSize | None = None,
+        *,
+        shards_count: int = 1,
     ) -> None:
-        """`event_plane` is the event plane that this router follows. A worker that sends its events by
-        another one is taken to hold nothing, since its later events would not arrive. `on_block_size` is
-        called with the block size of each instance that answers."""
+        """`event_plane` is the event plane that this router follows, over `shards_count` streams. A worker
+        that sends its events by another one, or over another number of streams, is taken to hold nothing,
+        since its later events would not arrive. `on_block_size` is called with the block size of each
+        instance that answers."""
         self.recovered_count = 0
         """Asks that were answered."""
         self.failed_count = 0
@@ -64,6 +71,7 @@ class Recovery:
         self._ledger = ledger
         self._client = client
         self._event_plane = event_plane
+        self._shards_count = shards_count
         self._on_block_size = on_block_size
         self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
         self._retry_slots = asyncio.Semaphore(RETRIES_AT_ONCE_COUNT)
@@ -188,13 +196,7 @@ class Recovery:
             ):
                 began_at = time.monotonic()
                 async for item in call:
-                    worker_plane = item.get("event_plane") if isinstance(item, dict) else None
-                    if worker_plane not in (None, self._event_plane):
-                        raise InvalidRecord(
-                            "an answer to this router",
-                            f"it publishes by {worker_plane}, but this router follows by {self._event_plane}:"
-                            " set DYN_EVENT_PLANE alike",
-                        )
+                    self._check_plane(item)
                     reader.apply(item)
                     block_size = item.get("block_size")
                     if self._on_block_size is not None and type(block_size) is int and block_size > 0:
@@ -222,6 +224,24 @@ class Recovery:
         finally:
             self._sent.discard(instance_id)
         return None
+
+    def _check_plane(self, item: Any) -> None:
+        """Check that the events of the worker that sent this item arrive here. Raises InvalidRecord."""
+        worker_plane = item.get("event_plane") if isinstance(item, dict) else None
+        if worker_plane is None:
+            return
+        if worker_plane != self._event_plane:
+            raise InvalidRecord(
+                "an answer to this router",
+                f"it publishes by {worker_plane}, but this router follows by {self._event_plane}:"
+                " set DYN_EVENT_PLANE alike",
+            )
+        if (count := item.get("event_shards", 1)) != self._shards_count:
+            raise InvalidRecord(
+                "an answer to this router",
+                f"it publishes over {count} streams, but this router follows {self._shards_count}:"
+                " set DYN_EVENT_SHARDS alike",
+            )
 
     def _note_idle(self) -> None:
         if not self._tasks:

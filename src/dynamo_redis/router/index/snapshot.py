@@ -1,7 +1,7 @@
-"""An index as bytes, with its position in the event stream. Pure.
+"""An index as bytes, with its position in each shard of the event stream. Pure.
 
     magic, then pieces: length of the payload (u32), its xxh3_64 (u64), the payload (msgpack); little-endian
-    1.   [version, position]
+    1.   [1, position], or [2, [position of each shard …]] if there are several
     2.   [[instance_id, epoch, dp_rank, next_sequence] …, [[instance_id, dp_rank] | nil …], set with holes]
     3. … [tier, new sets, numbers of sets, number of blocks of each, the blocks]
     last [number of blocks on each tier]
@@ -33,6 +33,8 @@ from dynamo_redis.wire.event import PublisherId
 from dynamo_redis.wire.kv_event import TIERS
 
 SNAPSHOT_VERSION: Final = 1
+SHARDS_VERSION: Final = 2
+"""Version of a snapshot with several positions, which releases without shards do not read."""
 
 _MAGIC = b"DYNKVIDX"
 _HEAD = Struct("<IQ")
@@ -43,9 +45,9 @@ _U64_END = 1 << 64
 
 @dataclass(slots=True)
 class IndexSnapshot:
-    """An index, the stream's entry that was applied last, and each publisher's next sequence."""
+    """An index, the entry that was applied last of each shard, and each publisher's next sequence."""
 
-    position: EntryId
+    positions: tuple[EntryId, ...]
     publishers: dict[PublisherId, int]
     index: KvIndex
 
@@ -59,7 +61,11 @@ def encode_snapshot(snapshot: IndexSnapshot) -> Iterator[bytes]:
     """
     state = snapshot.index.copy_state()
     publishers = [[*publisher, sequence] for publisher, sequence in snapshot.publishers.items()]
-    yield _MAGIC + _piece([SNAPSHOT_VERSION, snapshot.position])
+    positions = snapshot.positions
+    if len(positions) == 1:
+        yield _MAGIC + _piece([SNAPSHOT_VERSION, positions[0]])
+    else:
+        yield _MAGIC + _piece([SHARDS_VERSION, positions])
     yield _piece([publishers, state.workers, _set_to_bytes(state.holed)])
     live = state.live
     numbers: dict[int, int] = {}
@@ -83,7 +89,7 @@ def decode_snapshot(
     Raises InvalidRecord if the content differs from the encoded one, SchemaMismatch for another version.
     """
     pieces = _pieces(content)
-    position = _read_position(next(pieces, None))
+    positions = _read_positions(next(pieces, None))
     try:
         numbered, listed, holed = next(pieces)[:3]
         publishers = {
@@ -113,15 +119,15 @@ def decode_snapshot(
     except (TypeError, IndexError, StopIteration, ValueError, OverflowError) as exc:
         raise InvalidRecord(_WHAT, repr(exc)) from exc
     index = KvIndex.of_state(state, sizes, max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
-    return IndexSnapshot(position, publishers, index)
+    return IndexSnapshot(positions, publishers, index)
 
 
-def snapshot_position(head: bytes) -> EntryId:
-    """Return the position of the snapshot that begins with `head`: its first 4 KiB are enough.
+def snapshot_positions(head: bytes) -> tuple[EntryId, ...]:
+    """Return the positions of the snapshot that begins with `head`: its first 16 KiB are enough.
 
     Raises InvalidRecord if it begins no snapshot, SchemaMismatch for another version.
     """
-    return _read_position(next(_pieces(head), None))
+    return _read_positions(next(_pieces(head), None))
 
 
 def _blocks(tier: int, blocks: Iterable[tuple[int, int]], live: int, numbers: dict[int, int]) -> list[Any]:
@@ -186,15 +192,18 @@ def _pieces(content: bytes) -> Iterator[list[Any]]:
         yield fields
 
 
-def _read_position(fields: list[Any] | None) -> EntryId:
-    """Return the position in piece 1. Raises InvalidRecord, SchemaMismatch."""
-    if not fields:
-        raise InvalidRecord(_WHAT, "empty")
-    if fields[0] != SNAPSHOT_VERSION:
-        raise SchemaMismatch(_WHAT, fields[0], SNAPSHOT_VERSION)
-    if len(fields) < 2 or not isinstance(fields[1], str):
-        raise InvalidRecord(_WHAT, "no position")
-    return check_entry_id(fields[1], _WHAT)
+def _read_positions(fields: list[Any] | None) -> tuple[EntryId, ...]:
+    """Return the positions in piece 1. Raises InvalidRecord, SchemaMismatch."""
+    match fields:
+        case None | []:
+            raise InvalidRecord(_WHAT, "empty")
+        case [version, str(position), *_] if version == SNAPSHOT_VERSION:
+            return (check_entry_id(position, _WHAT),)
+        case [version, [str(), str(), *_] as positions, *_] if version == SHARDS_VERSION:
+            return tuple(check_entry_id(str(position), _WHAT) for position in positions)
+        case [version, *_] if version not in (SNAPSHOT_VERSION, SHARDS_VERSION):
+            raise SchemaMismatch(_WHAT, version, SNAPSHOT_VERSION)
+    raise InvalidRecord(_WHAT, "no position")
 
 
 def _read_blocks(fields: list[Any], sets: list[int], sizes: Counter[int], state: IndexState) -> None:

@@ -1,10 +1,10 @@
 """Stores the index, so that a router that starts need not read old events; then the stream may be trimmed.
 
 There is one snapshot a component, in the object store. It is replaced under the object's own fenced lock, and
-only by one that is further in the stream: the stored position is read under the lock, and the put is refused
-if the lock is lost before it takes effect. The stream is trimmed *after* that. So at every moment there is a
-snapshot from whose position the stream goes on. A router that dies on the way leaves the old snapshot, or an
-untrimmed stream.
+only by one that is further in the stream, and not behind in any shard of it: the stored positions are read
+under the lock, and the put is refused if the lock is lost before it takes effect. The stream is trimmed
+*after* that. So at every moment there is a snapshot from whose positions the stream goes on. A router that
+dies on the way leaves the old snapshot, or an untrimmed stream.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import hashlib
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -24,7 +24,7 @@ from dynamo_redis.router.index.snapshot import (
     IndexSnapshot,
     decode_snapshot,
     encode_snapshot,
-    snapshot_position,
+    snapshot_positions,
 )
 from dynamo_redis.store.base import LOCK_TTL_S, Locks, ObjectStore
 from dynamo_redis.store.event_base import EntryId, EventStreams, StreamName, entry_order
@@ -49,31 +49,43 @@ _MARKS_COUNT: Final = 64
 class StoredSnapshot:
     """The last snapshot that this or another router stored. `at` is in seconds since 1970."""
 
-    position: EntryId
+    positions: tuple[EntryId, ...]
+    """In each shard of the stream."""
     at: float
     size_bytes: int
     block_count: int | None = None
     """None if another router stored it."""
 
+    @property
+    def position(self) -> str:
+        """The positions as text."""
+        return positions_text(self.positions)
+
+
+def positions_text(positions: Sequence[EntryId]) -> str:
+    """Return positions for display: an entry id, or one for each shard."""
+    return ",".join(positions)
+
 
 class Snapshots:
-    """The stored snapshot of one stream."""
+    """The stored snapshot of one stream, or of all shards of one. It is named as the first of them."""
 
     def __init__(
         self,
         objects: ObjectStore,
         locks: Locks,
         streams: EventStreams,
-        stream: StreamName,
+        shards: Sequence[StreamName],
         *,
         decode: Callable[[bytes], IndexSnapshot] = decode_snapshot,
         lock_ttl_s: float = LOCK_TTL_S,
     ) -> None:
         self._objects = objects
-        self._lock = locks.object_lock(SNAPSHOT_BUCKET, stream.path, ttl_s=lock_ttl_s)
+        self._name = shards[0].path
+        self._lock = locks.object_lock(SNAPSHOT_BUCKET, self._name, ttl_s=lock_ttl_s)
         self._lock_ttl_s = lock_ttl_s
         self._streams = streams
-        self._stream = stream
+        self._shards = shards
         self._decode = decode
         self._unreadable: str | None = None  # the digest of a snapshot that was ignored
 
@@ -82,37 +94,41 @@ class Snapshots:
         StoreError."""
         content = b""
         try:
-            content = await self._objects.read(SNAPSHOT_BUCKET, self._stream.path)
+            content = await self._objects.read(SNAPSHOT_BUCKET, self._name)
             # It takes a second or less, shared with the event loop: no request is served yet.
             snapshot = await asyncio.to_thread(self._decode, content)
-            return snapshot, await self._describe(EntryId(snapshot.position))
+            if len(snapshot.positions) != len(self._shards):
+                raise InvalidRecord(f"the snapshot of {self._name}", "it is of another number of shards")
+            return snapshot, await self._describe(snapshot.positions)
         except ObjectNotFound:
             return None
         except InvalidRecord as exc:
-            log.warning("the snapshot of %s is ignored, it cannot be read: %s", self._stream.path, exc)
+            log.warning("the snapshot of %s is ignored, it cannot be read: %s", self._name, exc)
             self._unreadable = hashlib.sha256(content).hexdigest()
             return None
 
-    async def position(self) -> EntryId | None:
-        """Return the stored snapshot's position; None if there is none that can be read. Reads its first
+    async def positions(self) -> tuple[EntryId, ...] | None:
+        """Return the stored snapshot's positions; None if there is none that can be read. Reads its first
         chunk. Raises StoreError."""
-        info = await self._objects.info(SNAPSHOT_BUCKET, self._stream.path)
+        info = await self._objects.info(SNAPSHOT_BUCKET, self._name)
         if info is None or info.sha256 == self._unreadable:
             return None
         try:
-            chunks = self._objects.get(SNAPSHOT_BUCKET, self._stream.path)
+            chunks = self._objects.get(SNAPSHOT_BUCKET, self._name)
             head = await anext(chunks, b"")
             await cast("AsyncGenerator[bytes]", chunks).aclose()
-            return EntryId(snapshot_position(head))
+            positions = snapshot_positions(head)
         except (ObjectNotFound, InvalidRecord):
             return None
+        return positions if len(positions) == len(self._shards) else None
 
     async def save(
-        self, take: Callable[[], IndexSnapshot], is_due_after: Callable[[EntryId], bool]
+        self, take: Callable[[], IndexSnapshot], is_due_after: Callable[[Sequence[EntryId]], bool]
     ) -> StoredSnapshot:
         """Take a snapshot, store it and trim the stream. Return the snapshot that is stored then.
 
-        It stores none if the stored one is as far already, or if `is_due_after` of its position is False.
+        It stores none if the stored one is as far already in any shard where it differs, or if `is_due_after`
+        of its positions is False.
         `take` is called once the lock is held. Raises LockNotAcquired if another router is storing one,
         LockLost, StoreError.
         """
@@ -125,31 +141,39 @@ class Snapshots:
                 yield piece
 
         async with self._lock.hold() as held:
-            stored = await self.position()
+            stored = await self.positions()
             if stored is not None and not is_due_after(stored):
                 return await self._describe(stored)
             snapshot = take()
-            position, block_count = EntryId(snapshot.position), snapshot.index.block_count
-            if stored is not None and entry_order(stored) >= entry_order(position):
+            positions, block_count = snapshot.positions, snapshot.index.block_count
+            if stored is not None and not _is_further(positions, stored):
                 return await self._describe(stored)
             pieces = encode_snapshot(snapshot)
             first = next(pieces)  # the copy is made now, before any other event is applied
             content = with_pauses(first, pieces)
-            info = await self._objects.put(SNAPSHOT_BUCKET, self._stream.path, content, fence=held)
-        await self._streams.trim(self._stream, position)
-        return StoredSnapshot(position, info.created_at, info.size_bytes, block_count)
+            info = await self._objects.put(SNAPSHOT_BUCKET, self._name, content, fence=held)
+        for shard, position in zip(self._shards, positions, strict=True):
+            await self._streams.trim(shard, position)
+        return StoredSnapshot(positions, info.created_at, info.size_bytes, block_count)
 
-    async def _describe(self, position: EntryId) -> StoredSnapshot:
-        """Describe the stored snapshot, which has this position. Raises StoreError."""
-        info = await self._objects.info(SNAPSHOT_BUCKET, self._stream.path)
-        return StoredSnapshot(position, info.created_at if info else 0.0, info.size_bytes if info else 0)
+    async def _describe(self, positions: tuple[EntryId, ...]) -> StoredSnapshot:
+        """Describe the stored snapshot, which has these positions. Raises StoreError."""
+        info = await self._objects.info(SNAPSHOT_BUCKET, self._name)
+        return StoredSnapshot(positions, info.created_at if info else 0.0, info.size_bytes if info else 0)
 
     async def reset(self) -> None:
         """Remove the snapshot and delete the stream. Routers that run then find the stream lost, and ask the
         workers. Raises StoreError."""
         async with self._lock.hold(timeout_s=2 * self._lock_ttl_s):
-            await self._objects.remove(SNAPSHOT_BUCKET, self._stream.path)
-            await self._streams.delete(self._stream)
+            await self._objects.remove(SNAPSHOT_BUCKET, self._name)
+            for shard in self._shards:
+                await self._streams.delete(shard)
+
+
+def _is_further(positions: Sequence[EntryId], stored: Sequence[EntryId]) -> bool:
+    """Return whether positions are behind the stored ones in no shard, and further in some."""
+    ours, theirs = list(map(entry_order, positions)), list(map(entry_order, stored))
+    return ours != theirs and all(our >= their for our, their in zip(ours, theirs, strict=True))
 
 
 class Snapshotter:
@@ -176,8 +200,10 @@ class Snapshotter:
         self._take = take
         self._wait_until_idle = wait_until_idle
         self._threshold = threshold
-        self._marks: deque[tuple[EntryId, int]] = deque(maxlen=_MARKS_COUNT)
-        self._event_count = 0
+        self._marks: dict[int, deque[tuple[EntryId, int]]] = {}
+        """By shard: positions, and the number of its events that had been applied there."""
+        self._event_counts: Counter[int] = Counter()
+        """Events applied of each shard."""
         self._done_count = 0
         self._done_at = -SPACING_S
         self._task: asyncio.Task[None] | None = None
@@ -189,7 +215,7 @@ class Snapshotter:
         async def store_on() -> None:
             while True:
                 await asyncio.sleep(CHECK_S)
-                is_due = self._event_count - self._done_count >= self._threshold
+                is_due = self._event_counts.total() - self._done_count >= self._threshold
                 if not is_due or time.monotonic() - self._done_at < SPACING_S:
                     continue
                 await self._wait_until_idle(RETRY_S)
@@ -213,11 +239,13 @@ class Snapshotter:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def note_applied(self, position: EntryId, event_count: int) -> None:
-        """Note that the entry at `position`, of `event_count` events, was applied."""
-        self._event_count += event_count
-        if not self._marks or self._event_count - self._marks[-1][1] >= self._threshold / _MARKS_COUNT:
-            self._marks.append((position, self._event_count))
+    def note_applied(self, shard: int, position: EntryId, event_count: int) -> None:
+        """Note that the entry of a shard at `position`, of `event_count` events, was applied."""
+        self._event_counts[shard] += event_count
+        applied_count = self._event_counts[shard]
+        marks = self._marks.setdefault(shard, deque(maxlen=_MARKS_COUNT))
+        if not marks or applied_count - marks[-1][1] >= self._threshold / _MARKS_COUNT:
+            marks.append((position, applied_count))
 
     async def load(self) -> IndexSnapshot | None:
         """Load the stored snapshot, and count events from there on. Return None if there is none that can be
@@ -232,7 +260,7 @@ class Snapshotter:
     def note_stored(self, snapshot: StoredSnapshot) -> None:
         """Note the snapshot that is stored now: the next is due `threshold` events after it."""
         self.last = snapshot
-        self._done_count = self._count_at(snapshot.position)
+        self._done_count = self._count_at(snapshot.positions)
         self._done_at = time.monotonic()
 
     async def save(self) -> StoredSnapshot:
@@ -243,16 +271,19 @@ class Snapshotter:
             taken.append(self._take())
             return taken[0]
 
-        def is_due_after(position: EntryId) -> bool:
-            return self._event_count - self._count_at(position) >= self._threshold
+        def is_due_after(positions: Sequence[EntryId]) -> bool:
+            return self._event_counts.total() - self._count_at(positions) >= self._threshold
 
         snapshot = await self._snapshots.save(take, is_due_after)
         self.stored_count += len(taken)
         self.note_stored(snapshot)
         return snapshot
 
-    def _count_at(self, position: EntryId) -> int:
-        """Return the number of events that had been applied at `position`, to within a mark."""
-        order = entry_order(position)
-        counts = [count for marked, count in self._marks if entry_order(marked) <= order]
-        return counts[-1] if counts else 0
+    def _count_at(self, positions: Sequence[EntryId]) -> int:
+        """Return the number of events that had been applied at these positions, to within a mark a shard."""
+        found = 0
+        for shard, position in enumerate(positions):
+            order = entry_order(position)
+            counts = [count for marked, count in self._marks.get(shard, ()) if entry_order(marked) <= order]
+            found += counts[-1] if counts else 0
+        return found

@@ -23,7 +23,7 @@ class IndexerState:
     block_count: int
     worker_count: int
     position: str | None
-    """The entry applied last; None without a stream."""
+    """The entry applied last, of each shard; None without a stream."""
     lag_count: int | None
     """Entries that were not applied yet at the last measurement; None if unknown, and while disconnected."""
     lag_s: float | None
@@ -47,4 +47,8 @@ class IndexerState:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
-        return asdict(self)
+        fields = asdict(self)
+        if self.snapshot is not None:
+            del fields["snapshot"]["positions"]
+            fields["snapshot"]["position"] = self.snapshot.position
+        return fields

@@ -21,7 +21,9 @@ async def erase_prefix(url: str, prefix: str, *, timeout_s: float = 3.0) -> int:
         for tag in (f"{{{prefix}}}", f"{{{prefix}/"):  # the registry's own tag, and those below it
             keys = [key async for key in client.scan(_GLOB.sub(r"\\\1", tag) + "*")]
             for start in range(0, len(keys), _KEYS_A_CALL):
-                erased += await client.execute("UNLINK", *keys[start : start + _KEYS_A_CALL])
+                # A command a key: on a cluster the keys are in many slots.
+                part = keys[start : start + _KEYS_A_CALL]
+                erased += sum(await client.pipeline([("UNLINK", key) for key in part]))
     finally:
         await client.aclose()
     return erased

@@ -223,7 +223,7 @@ class MemoryEventStreams:
         oldest = just_before(int((self._clock.wall() - max_age_s) * 1000))
         return _MemoryTail(self, stream, after or oldest)
 
-    async def time_ms(self) -> int:
+    async def time_ms(self, stream: StreamName) -> int:
         """As `EventStreams.time_ms`."""
         return int(self._clock.wall() * 1000)
 
@@ -247,7 +247,8 @@ class MemoryEventStreams:
     async def list(self, *, on_left_out: Callable[[str], None] | None = None) -> builtins.list[StreamInfo]:
         """As `EventStreams.list`."""
         found = sorted(
-            self._streams, key=lambda name: (name.namespace, name.component, name.topic, name.shard)
+            self._streams,
+            key=lambda name: (name.namespace, name.component, name.topic, name.shards_count, name.shard),
         )
         return [self._streams[name].info() for name in found]
 

@@ -127,7 +127,7 @@ class RedisEventStreams:
         """As `EventStreams.tail`."""
         return RedisEventTail(self._client, self._keys(stream), after, max_age_s)
 
-    async def time_ms(self) -> int:
+    async def time_ms(self, stream: StreamName) -> int:
         """As `EventStreams.time_ms`."""
         return await server_time_ms(self._client)
 
@@ -174,7 +174,7 @@ class RedisEventStreams:
         keys = {key async for key in self._client.scan(stream_pattern(self._prefix))}
         streams = sorted(
             filter(None, (stream_of_key(self._prefix, key) for key in keys)),
-            key=lambda name: (name.namespace, name.component, name.topic, name.shard),
+            key=lambda name: (name.namespace, name.component, name.topic, name.shards_count, name.shard),
         )
         found: builtins.list[StreamInfo] = []
         refusal: StoreRefused | None = None

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from dynamo_redis.router.index import followers
-from dynamo_redis.router.index.followers import StreamFollower, TopicFollower
+from dynamo_redis.router.index.followers import SnapshotStart, StreamFollower, TopicFollower
 from dynamo_redis.router.index.snapshot import IndexSnapshot
 from dynamo_redis.store.event_base import EntryId, NewEntry, StreamName
 from dynamo_redis.store.streams.memory import MemoryEventStreams
@@ -30,7 +30,7 @@ class Intake:
             raise RuntimeError("a defect")
         return 1
 
-    def note_applied(self, position: EntryId, event_count: int) -> None:
+    def note_applied(self, shard: int, position: EntryId, event_count: int) -> None:
         pass
 
     def restore(self, snapshot: IndexSnapshot) -> None:
@@ -39,7 +39,7 @@ class Intake:
     def note_possible_loss(self) -> None:
         self.loss_count += 1
 
-    def note_caught_up(self) -> None:
+    def note_caught_up(self, shard: int) -> None:
         self.has_begun.set()
 
 
@@ -55,7 +55,7 @@ async def test_follower_goes_on_after_a_defect(
     streams, intake = MemoryEventStreams(), Intake()
     follower: StreamFollower | TopicFollower
     if mode == "stream":
-        follower = StreamFollower(streams, STREAM, "router", intake, no_snapshot)
+        follower = StreamFollower(streams, STREAM, "router", intake, SnapshotStart(no_snapshot, intake))
     else:
         follower = TopicFollower(streams, STREAM, intake)
     task = asyncio.create_task(follower.run())

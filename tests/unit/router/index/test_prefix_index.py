@@ -112,7 +112,7 @@ class Index(RuleBasedStateMachine):
 
     @rule(tier=st.sampled_from(TIERS))
     def is_restored(self, tier: int) -> None:
-        content = b"".join(encode_snapshot(IndexSnapshot(BEGINNING, {}, self.index)))
+        content = b"".join(encode_snapshot(IndexSnapshot((BEGINNING,), {}, self.index)))
         restored = decode_snapshot(content).index
         for worker in WORKERS:
             assert restored.blocks_of(worker) == self.index.blocks_of(worker)

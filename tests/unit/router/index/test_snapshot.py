@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_redis.errors import SchemaMismatch
+from dynamo_redis.errors import InvalidRecord, SchemaMismatch
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.index import snapshot as codec
 from dynamo_redis.router.index.prefix_index import KvIndex
@@ -17,7 +17,7 @@ from dynamo_redis.router.index.snapshot import (
     IndexSnapshot,
     decode_snapshot,
     encode_snapshot,
-    snapshot_position,
+    snapshot_positions,
 )
 from dynamo_redis.store.event_base import EntryId
 from dynamo_redis.wire.event import PublisherId
@@ -29,7 +29,7 @@ VECTOR = Path(__file__).parents[3] / "vectors" / "index_snapshot.bin"
 
 
 def encoded(index: KvIndex) -> bytes:
-    return b"".join(encode_snapshot(IndexSnapshot(POSITION, PUBLISHERS, index)))
+    return b"".join(encode_snapshot(IndexSnapshot((POSITION,), PUBLISHERS, index)))
 
 
 def some_index(seed: int = 3, blocks: int = 60) -> KvIndex:
@@ -46,7 +46,7 @@ def some_index(seed: int = 3, blocks: int = 60) -> KvIndex:
 def test_snapshot_is_read_as_written() -> None:
     index = some_index()
     read = decode_snapshot(encoded(index))
-    assert (read.position, read.publishers) == (POSITION, PUBLISHERS)
+    assert (read.positions, read.publishers) == ((POSITION,), PUBLISHERS)
     assert set(read.index.workers()) == set(index.workers())
     assert read.index.block_counts() == index.block_counts()
     for worker in index.workers():
@@ -66,7 +66,7 @@ def test_an_empty_index_has_a_snapshot() -> None:
 def test_a_snapshot_shows_the_index_as_it_was_at_the_first_piece() -> None:
     index = some_index()
     truth = {worker: index.blocks_of(worker) for worker in index.workers()}
-    pieces = encode_snapshot(IndexSnapshot(POSITION, PUBLISHERS, index))
+    pieces = encode_snapshot(IndexSnapshot((POSITION,), PUBLISHERS, index))
     content = next(pieces)
     index.apply(Worker(1), [stored(range(500, 600))])
     index.remove(Worker(2))
@@ -80,7 +80,7 @@ def test_a_snapshot_shows_the_index_as_it_was_at_the_first_piece() -> None:
 def test_a_large_index_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "_PIECE_COUNT", 16)
     index = some_index()
-    pieces = list(encode_snapshot(IndexSnapshot(POSITION, PUBLISHERS, index)))
+    pieces = list(encode_snapshot(IndexSnapshot((POSITION,), PUBLISHERS, index)))
     assert max(map(len, pieces[2:])) < 400
     read = decode_snapshot(b"".join(pieces)).index
     assert read.block_counts() == index.block_counts()
@@ -105,15 +105,24 @@ def test_the_bounds_are_the_reader_s() -> None:
 
 def test_the_position_stands_at_the_beginning() -> None:
     content = encoded(some_index())
-    assert snapshot_position(content) == snapshot_position(content[:60]) == POSITION
+    assert snapshot_positions(content) == snapshot_positions(content[:60]) == (POSITION,)
     for cut in (b"", content[:9], b"x" + content[1:60]):
         with pytest.raises(ValueError, match="not a snapshot"):
-            snapshot_position(cut)
+            snapshot_positions(cut)
+
+
+def test_a_snapshot_of_shards_has_a_position_for_each() -> None:
+    positions = (POSITION, EntryId("0-0"), EntryId("5-1"))
+    content = b"".join(encode_snapshot(IndexSnapshot(positions, PUBLISHERS, some_index())))
+    assert snapshot_positions(content) == decode_snapshot(content).positions == positions
+    for broken in ([], ["1-1"], ["1-1", "x"], ["1-1", 2], "1-1"):
+        with pytest.raises(InvalidRecord):
+            snapshot_positions(codec._MAGIC + codec._piece([codec.SHARDS_VERSION, broken]))
 
 
 def test_other_version_is_distinct_from_damage() -> None:
-    content = codec._MAGIC + codec._piece([2, POSITION])
-    for read in (decode_snapshot, snapshot_position):
+    content = codec._MAGIC + codec._piece([3, POSITION])
+    for read in (decode_snapshot, snapshot_positions):
         with pytest.raises(SchemaMismatch):
             read(content)
 
@@ -138,8 +147,8 @@ def test_with_one_bit_changed_anywhere_it_is_none() -> None:
 
 def test_pieces_of_another_snapshot_do_not_fit() -> None:
     """Each is whole, and yet the end tells that some are missing, or too many."""
-    one = list(encode_snapshot(IndexSnapshot(POSITION, {}, some_index(1))))
-    other = list(encode_snapshot(IndexSnapshot(POSITION, {}, some_index(2, blocks=9))))
+    one = list(encode_snapshot(IndexSnapshot((POSITION,), {}, some_index(1))))
+    other = list(encode_snapshot(IndexSnapshot((POSITION,), {}, some_index(2, blocks=9))))
     for pieces in (
         [*one[:2], one[-1]],
         [*one, one[-1]],
@@ -212,7 +221,7 @@ def test_noise_is_refused(content: bytes) -> None:
 def test_a_snapshot_of_this_version_is_read_for_ever() -> None:
     """Written by the release that made version 1."""
     read = decode_snapshot(VECTOR.read_bytes())
-    assert (read.position, read.publishers) == (POSITION, PUBLISHERS)
+    assert (read.positions, read.publishers) == ((POSITION,), PUBLISHERS)
     truth = some_index()
     for worker in truth.workers():
         assert {tier: read.index.blocks_of(worker)[tier] for tier in TIERS} == truth.blocks_of(worker)
