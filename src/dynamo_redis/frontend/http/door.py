@@ -127,7 +127,9 @@ class KeyCheck:
             return
         error = ApiError(
             401,
-            "The API key is wrong." if sent else "An API key is needed: send 'Authorization: Bearer KEY'.",
+            "The API key is wrong."
+            if sent
+            else "An API key is needed: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
             kind="authentication_error",
             code="invalid_api_key",
         )

@@ -15,6 +15,7 @@ import pytest
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.apis import APIS, COUNT_PATH
 from dynamo_redis.frontend.http.door import Door
 from tests.certificates import Authority
 from tests.integration.frontend.conftest import Frontend, OpenFrontend
@@ -45,6 +46,31 @@ async def test_keys_open_all_paths_but_open_ones(open_frontend: OpenFrontend) ->
         await frontend.client.models.list()
     client = frontend.client.with_options(api_key="second-key")
     assert [model.id async for model in client.models.list()] == ["demo"]
+
+
+async def test_both_headers_are_taken_on_every_path(open_frontend: OpenFrontend) -> None:
+    http = (await open_frontend(http_api_key="first-key,second-key", http_open_paths="-")).http
+    paths = [
+        ("GET", path) for path in ("/health", "/live", "/metrics", "/version", "/v1/models", "/dashboard")
+    ]
+    paths += [("POST", api.path) for api in APIS]
+    paths += [("POST", path) for path in (COUNT_PATH, "/tokenize", "/detokenize", "/clear_kv_blocks")]
+    paths += [("GET", "/busy_threshold"), ("POST", "/busy_threshold"), ("GET", "/no/such/path")]
+    for method, path in paths:
+        refused = await http.request(method, path, content=b"{}")
+        assert refused.status_code == 401, path
+        assert "'Authorization: Bearer KEY' or 'x-api-key: KEY'" in refused.text
+        assert refused.json()["error"]["type"] == "authentication_error"
+        wrong = {"authorization": "Bearer other", "x-api-key": "third-key"}
+        assert (await http.request(method, path, content=b"{}", headers=wrong)).status_code == 401
+        for headers in (
+            {"authorization": "Bearer second-key"},
+            {"authorization": "bearer first-key"},
+            {"x-api-key": "second-key"},
+            {"authorization": "Bearer other", "x-api-key": "first-key"},
+        ):
+            answer = await http.request(method, path, content=b"{}", headers=headers)
+            assert answer.status_code != 401, (path, headers)
 
 
 async def test_refused_body_leaves_the_connection_clean(open_frontend: OpenFrontend) -> None:

@@ -154,6 +154,7 @@ async def test_stream_may_end_with_a_status(client: Any) -> None:
 async def test_calls_but_those_of_health_need_a_key(open_frontend: OpenFrontend) -> None:
     frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0, http_api_key="sk-right")
     right = {"authorization": "Bearer sk-right"}
+    right_too = {"x-api-key": "sk-right"}
     async with InferenceServerClient(f"127.0.0.1:{frontend.grpc_port}") as client:
         assert await client.is_server_ready()
         assert await client.is_model_ready("demo")
@@ -169,6 +170,7 @@ async def test_calls_but_those_of_health_need_a_key(open_frontend: OpenFrontend)
                     await call(headers=headers)
                 assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
             await call(headers=right)
+            await call(headers=right_too)
 
 
 async def test_streams_without_a_key_take_no_place(open_frontend: OpenFrontend) -> None:
@@ -179,5 +181,5 @@ async def test_streams_without_a_key_take_no_place(open_frontend: OpenFrontend) 
         for _ in range(3):
             stream = client.stream()  # sends no request
             assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
-        right = (("authorization", "Bearer sk-right"),)
-        assert (await client.answer(infer_request(), metadata=right)).outputs
+        for right in (("authorization", "Bearer sk-right"), ("x-api-key", "sk-right")):
+            assert (await client.answer(infer_request(), metadata=(right,))).outputs
