@@ -93,6 +93,10 @@ def make_app(
     def completions(api: Api) -> Completions:
         return Completions(api, models, preparation, bodies, settings, metrics, admission)
 
+    async def on_error(request: Request, exc: Exception) -> Response:
+        """Answer an error of a route. The server logs an unexpected one, too."""
+        return _error(api_error(exc).with_overload_as(settings.overload_status), request.url.path)
+
     served = {api.path: completions(api) for api in APIS}
     calls = {api.path: completions(api) for api in grpc_apis}
     tokenize, detokenize = tokenization(models, preparation, bodies, settings, admission)
@@ -116,8 +120,8 @@ def make_app(
         ],
         exception_handlers={
             HTTPException: _on_http_exception,
-            ApiError: _on_error,
-            Exception: _on_error,
+            ApiError: on_error,
+            Exception: on_error,
         },
     )
 
@@ -196,8 +200,3 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
     response = _error(error, request.url.path)
     response.headers.update(exc.headers or {})
     return response
-
-
-async def _on_error(request: Request, exc: Exception) -> Response:
-    """Answer an error of a route. The server logs an unexpected one, too."""
-    return _error(api_error(exc), request.url.path)

@@ -32,8 +32,9 @@ class AnswerParser(Protocol):
         """Return the parts that a further text completes."""
         ...
 
-    def finish(self) -> list[Delta]:
-        """Return the last parts, after the last text."""
+    def finish(self, *, is_cut: bool = False) -> list[Delta]:
+        """Return the last parts, after the last text. `is_cut`: the answer goes no further because of a
+        limit."""
         ...
 
 
@@ -94,7 +95,7 @@ class CompletionChoice:
             return texts
         deltas = [delta for text in texts for delta in self.parser.feed(text)]
         if is_over:
-            deltas += self.parser.finish()
+            deltas += self.parser.finish(is_cut=self.answer.finish_reason != "stop")
         return deltas
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dynamo_redis.parsers.calls import Calls, ToolFormat
 from dynamo_redis.parsers.deltas import Delta, Reasoning, Text
-from dynamo_redis.parsers.reader import Malformed, Reader, Steps
+from dynamo_redis.parsers.reader import CutOff, Malformed, Reader, Steps
 from dynamo_redis.parsers.reasoning import ReasoningFormat
 
 _MOST_READ_AGAIN: Final = 1024
@@ -23,10 +23,11 @@ class AnswerParser:
     """Parses one answer.
 
     All of the text is in the deltas, once and in order, except for markers and the white space around them.
-    What begins like a call and is none is content.
+    What begins like a call and is none is content. A call in which the answer was cut off is given as far as
+    it has come, as whole members and pieces of text.
     """
 
-    __slots__ = ("_calls", "_reader", "_reasoning", "_starts_inside", "_steps", "_tool", "_whole")
+    __slots__ = ("_calls", "_is_cut", "_reader", "_reasoning", "_starts_inside", "_steps", "_tool", "_whole")
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class AnswerParser:
         self._starts_inside = starts_inside
         self._reader = Reader()
         self._whole: list[str] | None = None if streams else []
+        self._is_cut = False
         if new_id is None:
             new_id = _short_id if tool is not None and tool.short_ids else _long_id
         self._calls = Calls(self._reader, tools or {}, new_id, most_calls=most_calls, streams=streams)
@@ -84,8 +86,9 @@ class AnswerParser:
         self._steps.send(None)
         return out
 
-    def finish(self) -> list[Delta]:
-        """Return the last deltas, at the end of the answer."""
+    def finish(self, *, is_cut: bool = False) -> list[Delta]:
+        """Return the last deltas, at the end of the answer. `is_cut`: the model had not ended it."""
+        self._is_cut = is_cut
         out: list[Delta] = []
         self._calls.out = out
         if self._whole is not None:
@@ -140,7 +143,12 @@ class AnswerParser:
         start = reader.position - reader.mark
         try:
             yield from tool.read(reader, calls, marker)
-        except Malformed:
+        except Malformed as exc:
+            if calls.is_open and self._is_cut and isinstance(exc, CutOff):
+                calls.cut()
+                reader.position = len(reader.buffer)
+                reader.drop()
+                return
             if calls.is_open:
                 calls.abandon()
             elif calls.count == count and reader.position - reader.mark <= _MOST_READ_AGAIN:

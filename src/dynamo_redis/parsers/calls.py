@@ -68,6 +68,12 @@ class Calls:
         self.count += 1
         self._reader.drop()
 
+    def cut(self) -> None:
+        """Give the call under way as far as it has come: the answer was cut off in it."""
+        self.out += self._withheld
+        self._withheld = []
+        self.is_open = False
+
     def abandon(self) -> None:
         """Give up the call under way. If it was withheld, there has been none."""
         if not self._streams:

@@ -195,5 +195,7 @@ def _pass_scalar(reader: Reader, give: Give) -> Steps[None]:
         _flush(reader, give)
         yield
     if match.group() not in _WORDS and not _NUMBER.fullmatch(match.group()):
+        if match.end() == len(reader.buffer):  # the text ends within a word or a number
+            yield from _more(reader, give)
         raise _malformed(reader, give)
     reader.position += size

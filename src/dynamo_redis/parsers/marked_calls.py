@@ -10,7 +10,7 @@ from typing import Any, Final
 from dynamo_redis.parsers.calls import LONGEST_NAME, Calls, ToolFormat
 from dynamo_redis.parsers.json_calls import read_arguments, read_list
 from dynamo_redis.parsers.json_text import MOST_HELD, written
-from dynamo_redis.parsers.reader import Malformed, Reader, Steps
+from dynamo_redis.parsers.reader import CutOff, Malformed, Reader, Steps
 
 # --------------------------------------------------------------------------- sections
 
@@ -134,9 +134,8 @@ def _read_qwen3_coder(reader: Reader, calls: Calls, marker: str) -> Steps[None]:
         arguments = _Arguments(reader, calls, name.strip())
         while True:
             yield from reader.skip_space()
-            if (yield from reader.optional(_FUNCTION_END)):
+            if (yield from reader.one_of(_FUNCTION_END, _PARAMETER)) == _FUNCTION_END:
                 break
-            yield from reader.expect(_PARAMETER)
             key, _ = yield from reader.until((">",), LONGEST_NAME)
             yield from reader.optional("\n")
             yield from arguments.read(key.strip(), _PARAMETER_ENDS)
@@ -162,9 +161,7 @@ def _read_glm(reader: Reader, calls: Calls, _: str) -> Steps[None]:
         yield from reader.expect(_VALUE)
         yield from arguments.read(key.strip(), (_VALUE_END,))
         yield from reader.skip_space()
-        end = _KEY if (yield from reader.optional(_KEY)) else _TOOL_CALL_END
-        if end == _TOOL_CALL_END:
-            yield from reader.expect(end)
+        end = yield from reader.one_of(_KEY, _TOOL_CALL_END)
     arguments.end()
 
 
@@ -200,7 +197,7 @@ class _Arguments:
             give('"')
             end = yield from self._reader.pass_until(ends, lambda text: give(written(text)[1:-1]))
             if end is None:
-                raise Malformed
+                raise CutOff
             give('"')
         else:
             text, _ = yield from self._reader.until(ends, MOST_HELD)

@@ -23,6 +23,10 @@ class Malformed(Exception):
     """The text from here on is not in the format. The reader's position is where it breaks the format."""
 
 
+class CutOff(Malformed):
+    """The text is in the format, as far as it goes: it has ended too early."""
+
+
 class Reader:
     """The part of a text that has arrived and is still needed."""
 
@@ -59,9 +63,9 @@ class Reader:
     # ----------------------------------------------------------------- steps
 
     def more(self) -> Steps[None]:
-        """Wait for more text. Raises Malformed if it has ended."""
+        """Wait for more text. Raises CutOff if it has ended."""
         if self.ended:
-            raise Malformed
+            raise CutOff
         yield
 
     def peek(self) -> Steps[str]:
@@ -95,8 +99,15 @@ class Reader:
 
     def expect(self, literal: str) -> Steps[None]:
         """Read past a literal. Raises Malformed if another text comes next."""
-        if not (yield from self.optional(literal)):
-            raise Malformed
+        yield from self.one_of(literal)
+
+    def one_of(self, *literals: str) -> Steps[str]:
+        """Read past that of some literals which comes next, and return it. Raises Malformed if none does."""
+        for literal in literals:
+            if (yield from self.optional(literal)):
+                return literal
+        rest = self.buffer[self.position :]
+        raise CutOff if any(literal.startswith(rest) for literal in literals) else Malformed
 
     def until(self, ends: tuple[str, ...], limit: int) -> Steps[tuple[str, str]]:
         """Return the text before the first of several ends, and the end, which is read.

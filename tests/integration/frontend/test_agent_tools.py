@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from dynamo_redis.models.card import RuntimeConfig
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Łódź"}}\n</tool_call>'
+CUT_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "on": "Mo'
 THOUGHT = "<think>\nI should look.\n</think>\n\n"
 ANSWER = "It snows."
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -166,7 +167,49 @@ async def test_message_names_a_missing_tool(client: Any) -> None:
         await client.messages.create(**MESSAGE, tool_choice={"type": "tool", "name": "other"})
 
 
+async def test_cut_call_of_a_message_is_a_tool_use(agent: Any, client: Any) -> None:
+    agent.worker.script = agent.worker.says(CUT_CALL, finish_reason="length")
+    request = {**MESSAGE, "max_tokens": 32}
+    async with client.messages.stream(**request) as stream:
+        streamed = await stream.get_final_message()
+    whole = await client.messages.create(**request)
+    for message in (streamed, whole):
+        [block] = message.content
+        assert (block.type, block.name, block.input) == ("tool_use", "get_weather", {"city": "Oslo"})
+        assert message.stop_reason == "max_tokens"
+        result = {
+            "type": "tool_result",
+            "tool_use_id": block.id,
+            "content": "Snow, -3: cut off",
+            "is_error": True,
+        }
+        turns = [
+            *MESSAGE["messages"],
+            {"role": "assistant", "content": [block.to_dict()]},
+            {"role": "user", "content": [result]},
+        ]
+        assert (await client.messages.create(**{**MESSAGE, "messages": turns})).content
+
+
 # --------------------------------------------------------------------------- responses
+
+
+async def test_cut_call_of_a_response_is_incomplete(agent: Any) -> None:
+    agent.worker.script = agent.worker.says(CUT_CALL, finish_reason="length")
+    async with agent.client.responses.stream(**RESPONSE) as stream:
+        *_, last = [event async for event in stream]
+    whole = await agent.client.responses.create(**RESPONSE)
+    assert last.type == "response.incomplete"
+    calls = []
+    for response in (last.response, whole):
+        [call] = response.output
+        calls.append(call)
+        assert (call.type, call.status) == ("function_call", "incomplete")
+        assert call.arguments == '{"city": "Oslo", "on": "Mo'
+        assert response.incomplete_details.reason == "max_output_tokens"
+    result = {"type": "function_call_output", "call_id": calls[0].call_id, "output": "cut off"}
+    given = [*RESPONSE["input"], calls[0].to_dict(), result]
+    assert (await agent.client.responses.create(**{**RESPONSE, "input": given})).output
 
 
 async def test_response_has_reasoning_and_call(agent: Any) -> None:

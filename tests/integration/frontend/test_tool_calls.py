@@ -25,10 +25,10 @@ WEATHER = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Łódź"}
 NOW = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
 
 
-async def ask(frontend: Any, answer: str, **options: Any) -> Any:
+async def ask(frontend: Any, answer: str, *, ends_by: str = "stop", **options: Any) -> Any:
     """Return the choice of a whole response, and check that the streamed one joins to the same."""
     worker = frontend.worker
-    worker.script = worker.says(answer)
+    worker.script = worker.says(answer, finish_reason=ends_by)
     request = {"model": "demo", "messages": MESSAGES, "tools": TOOLS, **options}
     [choice] = (await frontend.client.chat.completions.create(**request)).choices
     stream = await frontend.client.chat.completions.create(**request, stream=True)
@@ -78,6 +78,19 @@ async def test_malformed_calls_are_content(frontend: Any) -> None:
     assert choice.message.content == "<tool_call>get_weather</tool_call>"
     assert choice.message.tool_calls is None
     assert choice.finish_reason == "stop"
+
+
+async def test_cut_call_is_a_call_with_cut_arguments(frontend: Any) -> None:
+    choice = await ask(frontend, f"Let me look. {NOW}{WEATHER[:-19]}", ends_by="length")
+    assert choice.message.content == "Let me look. "
+    assert calls_of(choice) == [["now", "{}"], ["get_weather", '{"city": "Ł']]
+    assert choice.finish_reason == "length"
+    history = [*MESSAGES, choice.message.to_dict()]
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "cut"} for call in choice.message.tool_calls
+    ]
+    answer = await ask(frontend, "Once more.", messages=[*history, *results])
+    assert answer.message.content == "Once more.", "the cut call may be sent back"
 
 
 async def test_calls_without_tools_are_text(frontend: Any) -> None:

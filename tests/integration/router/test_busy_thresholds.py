@@ -239,8 +239,18 @@ async def test_client_that_leaves_gives_up_its_place_in_line(deployment: Deploym
     assert worker.engine.request_count == 2
 
 
-@pytest.mark.parametrize("status", [503, 529, 429])
-async def test_overload_has_the_status_of_the_settings(deployment: Deployment, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "openai_type", "anthropic_status", "anthropic_type"),
+    [
+        (503, "service_unavailable_error", 529, "overloaded_error"),
+        (529, "overloaded_error", 529, "overloaded_error"),
+        (429, "rate_limit_error", 429, "rate_limit_error"),
+    ],
+)
+async def test_overload_has_the_status_of_the_settings(
+    deployment: Deployment, status: int, openai_type: str, anthropic_status: int, anthropic_type: str
+) -> None:
+    """Overload also has the type that goes with the status, in the form of each API."""
     worker = await deployment.worker()
     frontend = await deployment.frontend(
         mode="kv", overload_status=status, active_prefill_tokens_threshold=100, **AT_ONCE
@@ -254,8 +264,18 @@ async def test_overload_has_the_status_of_the_settings(deployment: Deployment, s
     held.append(post(full))
     await until(lambda: worker.engine.request_count == 2)
     shed.append(await post(full))
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+    shed.append(await full.post("/v1/responses", json={"model": "demo", "input": "Hi"}))
+    shed.append(await full.post("/v1/chat/completions", json=chat))
+    shed.append(await full.post("/tokenize", json=chat))
+    code = "rate_limit_exceeded" if status == 429 else "overloaded"
     for answer in shed:
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, "overloaded")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["type"]) == (status, code, openai_type)
+        assert int(answer.headers["retry-after"]) >= 1
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = await full.post(path, json=chat)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (anthropic_status, anthropic_type)
         assert int(answer.headers["retry-after"]) >= 1
     worker.engine.gate.set()
     assert [(await answer).status_code for answer in held] == [200, 200]

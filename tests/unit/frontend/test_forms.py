@@ -60,7 +60,7 @@ class Words:
         self.has_calls = self.has_calls or "!" in words
         return [CallBegin(0, "call_1", "shout") if word == "!" else Text(word) for word in words]
 
-    def finish(self) -> list[Delta]:
+    def finish(self, *, is_cut: bool = False) -> list[Delta]:
         return [Text(self._rest)]
 
 
@@ -187,11 +187,24 @@ def test_message_hides_thinking_when_asked() -> None:
     assert b"cold" not in form.encoder(ended("stop")).parts(PARTS)
 
 
-def test_cut_call_of_a_message_is_text() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "whole_members"),
+    [
+        ("", {}),
+        ("{", {}),
+        ('{"at":', {}),
+        ('{"at":"Os', {}),
+        ('{"at":"Oslo","on":["May', {"at": "Oslo", "on": []}),
+        ('{"at":"\\ud800","on', {}),
+    ],
+)
+def test_cut_call_of_a_message_has_whole_members(arguments: str, whole_members: Any) -> None:
     choice = ended("length")
-    choice.parts = [CallBegin(0, "call_1", "weather"), CallArguments(0, '{"at":')]
+    choice.parts = [CallBegin(0, "call_1", "weather"), CallArguments(0, arguments)]
     body = json.loads(MessagesForm("m", wanted_tokens=None).whole([choice], USAGE))
-    assert body["content"] == [{"type": "text", "text": '{"at":'}]
+    [block] = Message.model_validate(body, strict=True).content
+    assert block.type == "tool_use"
+    assert block.input == whole_members
     assert body["stop_reason"] == "max_tokens"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic_core import from_json
 
 from dynamo_redis.parsers.answer_parser import AnswerParser
 from dynamo_redis.parsers.deltas import CallArguments, CallBegin, Reasoning, Text
@@ -30,7 +31,7 @@ class Parsed:
     complete_count: int = 0
 
 
-def parse(case: dict[str, Any], pieces: Iterable[str], *, streams: bool) -> Parsed:
+def parse(case: dict[str, Any], pieces: Iterable[str], *, streams: bool, is_cut: bool = False) -> Parsed:
     numbers = iter(range(1 << 30))
     parser = AnswerParser(
         TOOL_FORMATS.get(case["tool_parser"]),
@@ -43,7 +44,7 @@ def parse(case: dict[str, Any], pieces: Iterable[str], *, streams: bool) -> Pars
     )
     parsed = Parsed()
     deltas = [delta for piece in pieces for delta in parser.feed(piece)]
-    for delta in [*deltas, *parser.finish()]:
+    for delta in [*deltas, *parser.finish(is_cut=is_cut)]:
         match delta:
             case Text(text):
                 assert text
@@ -129,6 +130,47 @@ def test_random_answers_are_parsed_alike_in_pieces(
         assert all(_is_object(call["arguments"]) for call in whole.calls)
     if not whole.calls and reasoning is None:
         assert whole.content == answer, "nothing is lost, and nothing is given twice"
+
+
+def _without_malformed_calls() -> list[Any]:
+    cases = [case for case in CASES if case["calls"] and "streamed" not in case]
+    return [pytest.param(case, id=case["name"]) for case in cases]
+
+
+@pytest.mark.parametrize("case", _without_malformed_calls())
+def test_cut_calls_are_the_same_whole_and_streamed(case: dict[str, Any]) -> None:
+    """A part of a call is given as far as it has come: JSON, but for its end."""
+    for at in range(len(case["text"]) + 1):
+        text = case["text"][:at]
+        whole = parse(case, [text], streams=False, is_cut=True)
+        pieces = [text[: at // 2], text[at // 2 :]]
+        assert parse(case, pieces, streams=True, is_cut=True) == whole, f"cut at {at}"
+        for call in whole.calls:
+            from_json(call["arguments"] or "{}", allow_partial=True)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("tool_parser", "text", "arguments"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "b c', '{"a": "b c'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "b\\u00', '{"a": "b'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": tr', '{"a": '),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": {', '{"a": {'),
+        ("deepseek_v3", '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"', '{"a"'),
+        ("mistral", '[TOOL_CALLS]f{"a": 1', '{"a": 1'),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\nb c</para", '{"a": "b c</para'),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\nb c</parameter></fun", '{"a": "b c"'),
+        ("glm45", "<tool_call>f\n<arg_key>a</arg_key><arg_val", ""),
+    ],
+)
+def test_cut_call_is_given_as_far_as_it_came(
+    tool_parser: str, text: str, arguments: str, streams: bool
+) -> None:
+    case = {"tool_parser": tool_parser, "reasoning_parser": None}
+    parsed = parse(case, [text], streams=streams, is_cut=True)
+    assert [(call["name"], call["arguments"]) for call in parsed.calls] == [("f", arguments)]
+    assert parsed.content == ""
 
 
 @given(text=st.text('<tool_call>{"name": f, arguments}[]', max_size=60))

@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Final
 
+from pydantic_core import from_json
+
 from dynamo_redis.frontend.choices import CompletionChoice, Part, Usage
 from dynamo_redis.frontend.forms.base import Call, gathered
 from dynamo_redis.frontend.http.errors import ApiError
@@ -50,7 +52,8 @@ ANTHROPIC_ERRORS: Final = AnthropicErrors()
 
 
 def _status(error: ApiError) -> int:
-    return OVERLOADED if error.code == "overloaded" else error.status
+    """Return the status of an error: 529 for an overload, unless the settings make it a 429."""
+    return OVERLOADED if error.code == "overloaded" and error.status != 429 else error.status
 
 
 def error_object(error: ApiError, request_id: str) -> dict[str, Any]:
@@ -194,14 +197,20 @@ class MessageEncoder:
 
 
 def _tool_use(call: Call) -> dict[str, Any]:
-    """Return the block of a call. A call whose arguments were cut off is text: a tool would misread it."""
+    """Return the block of a call. Of arguments that were cut off it has the whole members: those that
+    Anthropic's client finds in the deltas of a stream."""
     try:
         arguments = json.loads(call.arguments or "{}")
     except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        return {"type": "text", "text": call.arguments}
+        arguments = _whole_members(call.arguments)
     return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+
+
+def _whole_members(text: str) -> Any:
+    try:
+        return from_json(text, allow_partial=True)
+    except ValueError:
+        return {}
 
 
 def _counts(usage: Usage) -> dict[str, Any]:

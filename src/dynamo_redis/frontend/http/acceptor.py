@@ -52,6 +52,7 @@ class Acceptor:
         waiting: dict[Evictable, None],
         max_count: int,
         tls: ReloadedContext | None = None,
+        overload_status: int = 503,
     ) -> None:
         """Listen, and accept from now on.
 
@@ -62,12 +63,14 @@ class Acceptor:
             waiting: the connections without a whole request, the longest-waiting first.
             max_count: the most connections; fewer if the limit of open files allows fewer.
             tls: the certificate of the port; None: connections are in the clear.
+            overload_status: the HTTP status of a connection that is refused for lack of room.
         """
         self._loop = asyncio.get_running_loop()
         self._make_protocol = make_protocol
         self._connections = connections
         self._waiting = waiting
         self._max_count = connection_limit(max_count)
+        self._overload_status = overload_status
         self._opening: set[asyncio.Task[object]] = set()
         self._log = RateLimitedLog(log, logging.WARNING)
         self._gate: TlsGate | None = None
@@ -76,7 +79,7 @@ class Acceptor:
                 self._loop, tls, make_protocol, HANDSHAKE_S, refuse_clear_text, "its URL begins with https://"
             )
         listening.listen(BACKLOG)
-        self._listener = SocketListener(self._loop, [listening], self._accept, refuse=refuse_connection)
+        self._listener = SocketListener(self._loop, [listening], self._accept, refuse=self._refuse)
 
     def close(self) -> None:
         """Accept the connections that have arrived, and no more. Idempotent.
@@ -105,7 +108,7 @@ class Acceptor:
                 "the limit of open files)",
                 self._max_count,
             )
-            refuse_connection(
+            self._refuse(
                 sock, Overloaded(f"{self._max_count} connections are open (DYN_HTTP_MAX_CONNECTIONS)")
             )
             return
@@ -123,15 +126,17 @@ class Acceptor:
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
+    def _refuse(self, sock: socket.socket, error: PlaneError) -> None:
+        refuse_connection(sock, api_error(error).with_overload_as(self._overload_status))
+
 
 def refuse_clear_text(sock: socket.socket) -> None:
     """Answer a client that does not speak TLS, in the clear."""
     refuse_connection(sock, ApiError(400, "This port speaks HTTPS: write https:// in the URL."))
 
 
-def refuse_connection(sock: socket.socket, error: PlaneError | ApiError) -> None:
+def refuse_connection(sock: socket.socket, refusal: ApiError) -> None:
     """Answer with an error before any request, and close. Never waits."""
-    refusal = api_error(error)
     body = refusal.body_bytes()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     lines = b"".join(b"%s: %s\r\n" % header for header in [*headers, *refusal.headers()])

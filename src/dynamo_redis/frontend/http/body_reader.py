@@ -74,7 +74,7 @@ class BodyReader:
             raise ApiError(
                 503,
                 f"Large requests cannot be read now: {exc}.",
-                kind="service_unavailable",
+                kind="service_unavailable_error",
                 code="overloaded",
                 retry_after_s=1.0,
             ) from exc

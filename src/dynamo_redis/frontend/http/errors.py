@@ -16,7 +16,10 @@ from dynamo_redis import errors
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
-_UNAVAILABLE = "service_unavailable"
+_UNAVAILABLE = "service_unavailable_error"
+_RATE_LIMIT = "rate_limit_error"
+_RATE_LIMITED_CODE = "rate_limit_exceeded"
+_TYPE_OF_OVERLOAD = {429: _RATE_LIMIT, 503: _UNAVAILABLE, 529: "overloaded_error"}
 _LONGEST_NAME = 256
 
 
@@ -42,9 +45,11 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     def with_overload_as(self, status: int) -> Self:
-        """Set the status if the error is an overload; return the error."""
+        """Set the status, and the type that goes with it, if the error is an overload; return the error.
+        `status` is 429, 503 or 529."""
         if self.code == errors.Overloaded.code:
             self.status = status
+            self.kind = _TYPE_OF_OVERLOAD[status]
         return self
 
     def renamed(self, names: Mapping[str, str]) -> Self:
@@ -57,8 +62,9 @@ class ApiError(Exception):
         return self
 
     def body(self) -> dict[str, Any]:
-        """Return the body: `{"error": {…}}`."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        """Return the body: `{"error": {…}}`. All errors of the status 429 have OpenAI's code for it."""
+        code = _RATE_LIMITED_CODE if self.status == 429 else self.code
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": code}
         return {"error": error}
 
     def body_bytes(self) -> bytes:
@@ -218,7 +224,7 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.DeadlineExceeded: (504, "timeout_error"),
     errors.NoInstances: (503, _UNAVAILABLE),
     errors.Overloaded: (503, _UNAVAILABLE),
-    errors.RateLimited: (429, "rate_limit_error"),
+    errors.RateLimited: (429, _RATE_LIMIT),
     errors.PayloadBudgetExceeded: (503, _UNAVAILABLE),
     errors.Draining: (503, _UNAVAILABLE),
     errors.NotAccepted: (503, _UNAVAILABLE),

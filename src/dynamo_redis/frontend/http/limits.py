@@ -21,6 +21,8 @@ class HttpLimits:
     """Longest time from the first byte of a request to its last."""
     send_timeout_s: float = 60.0
     """Longest time that a client may read nothing of its response."""
+    overload_status: int = 503
+    """HTTP status of a request that finds no room."""
     waiting: dict[Evictable, None] = field(default_factory=dict)
     """The connections without a whole request, the longest-waiting first. They may be closed in favour of new
     ones."""

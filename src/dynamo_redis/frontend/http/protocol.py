@@ -317,7 +317,7 @@ class HttpProtocol(HttpToolsProtocol):
     def evict(self) -> None:
         """Close the connection in favour of a new one."""
         if self._in_body or (self._in_head and self._head_bytes):
-            self._refuse_by(connections_full())
+            self._refuse_by(connections_full().with_overload_as(self._limits.overload_status))
         self.transport.close()
         self._watch_sending()
 

@@ -280,6 +280,7 @@ class _Server(uvicorn.Server):
         self._limits = HttpLimits(
             receive_timeout_s=min(settings.receive_timeout_s, request_s),
             send_timeout_s=min(settings.send_timeout_s, request_s),
+            overload_status=settings.overload_status,
         )
         self._max_connections_count = settings.max_http_connections_count
         self.accepting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -340,7 +341,15 @@ class _Server(uvicorn.Server):
         )
         connections, waiting = self.server_state.connections, self._limits.waiting
         self.servers: list[Any] = [
-            Acceptor(listening, make_protocol, connections, waiting, self._max_connections_count, tls)
+            Acceptor(
+                listening,
+                make_protocol,
+                connections,
+                waiting,
+                self._max_connections_count,
+                tls,
+                self._limits.overload_status,
+            )
             for listening, tls in zip(sockets, [self._tls, *[None] * len(sockets)], strict=False)
         ]
         self.started = True

@@ -186,7 +186,7 @@ async def test_usage_has_the_engines_counts(services: Services) -> None:
 @pytest.mark.parametrize(
     ("refusal", "status", "code"),
     [
-        ((429, "slow down"), 429, "rate_limited"),
+        ((429, "slow down"), 429, "rate_limit_exceeded"),
         ((400, "maximum context length is 8 tokens"), 400, "context_length_exceeded"),
         ((500, "out of memory"), 502, "engine_failed"),
     ],

@@ -210,9 +210,10 @@ async def test_idle_connection_is_evicted(open_frontend: Any) -> None:
         writer.close()
 
 
-async def test_evicted_request_is_an_overload(open_frontend: Any) -> None:
+@pytest.mark.parametrize(("status", "code"), [(503, "overloaded"), (429, "rate_limit_exceeded")])
+async def test_evicted_request_is_an_overload(open_frontend: Any, status: int, code: str) -> None:
     """A client that has sent a part of its request is told to send it again."""
-    frontend = await open_frontend(max_http_connections_count=1)
+    frontend = await open_frontend(max_http_connections_count=1, overload_status=status)
     reader, writer = await connect(frontend)
     writer.write(LIVE + LIVE[:10])
     await reader.readuntil(b"live")
@@ -220,13 +221,14 @@ async def test_evicted_request_is_an_overload(open_frontend: Any) -> None:
     head, _, body = (await everything(reader)).removeprefix(b'"}').partition(b"\r\n\r\n")
     for each in (writer, newcomer):
         each.close()
-    assert head.startswith(b"HTTP/1.1 503 ")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
     assert b"retry-after: 1" in head
-    assert json.loads(body)["error"]["code"] == "overloaded"
+    assert json.loads(body)["error"]["code"] == code
 
 
-async def test_connections_past_the_bound_are_refused(open_frontend: Any) -> None:
-    frontend = await open_frontend(max_http_connections_count=1)
+@pytest.mark.parametrize(("status", "kind"), [(503, "service_unavailable_error"), (529, "overloaded_error")])
+async def test_connections_past_the_bound_are_refused(open_frontend: Any, status: int, kind: str) -> None:
+    frontend = await open_frontend(max_http_connections_count=1, overload_status=status)
     release = asyncio.Event()
 
     async def waits(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
@@ -238,9 +240,10 @@ async def test_connections_past_the_bound_are_refused(open_frontend: Any) -> Non
     await frontend.until(lambda: len(frontend.worker.requests) == 1)
     reader, writer = await connect(frontend)
     answer = await everything(reader)
-    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"retry-after" in answer
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["code"], error["type"]) == ("overloaded", kind)
     release.set()
     assert (await working).status_code == 200
     writer.close()
