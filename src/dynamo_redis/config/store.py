@@ -24,7 +24,8 @@ class StoreSettings(SettingsGroup):
     redis_url: SecretStr | None = setting(
         "DYN_REDIS_URL",
         None,
-        "The Redis or Valkey server: redis://[user:password@]host:port, rediss://… for TLS, unix:///path. "
+        "The Redis or Valkey server: redis://[user:password@]host:port, rediss://… for TLS, unix:///path, "
+        "redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name. "
         "Unset: the server that `dynamo-redis up` of this user runs.",
     )
     prefix: Annotated[str, AfterValidator(_check_prefix)] = setting(

@@ -113,6 +113,11 @@ class EmbeddedServer:
         return f"unix://{self.socket_path}" if self._port is None else f"redis://{_LOOPBACK}:{self._port}"
 
     @property
+    def port(self) -> int | None:
+        """The port; None for a unix socket, 0 for one that is chosen at the first start."""
+        return self._port
+
+    @property
     def socket_path(self) -> Path:
         """Path of the unix socket: in the directory, or in a temporary one if that path is too long."""
         path = self._directory.absolute() / "redis.sock"
@@ -219,7 +224,8 @@ class EmbeddedServer:
     def _log_path(self) -> Path:
         return self._directory / "server.log"
 
-    def _spawn(self) -> ChildProcess:
+    def _arguments(self) -> list[str]:
+        """Return the server's command line behind the program."""
         settings: dict[str, str | tuple[str, ...]] = {
             **self._settings,
             "dir": str(self._directory.absolute()),
@@ -231,8 +237,11 @@ class EmbeddedServer:
         arguments: list[str] = []
         for name, value in settings.items():
             arguments += [f"--{name}", *((value,) if isinstance(value, str) else value)]
+        return arguments
+
+    def _spawn(self) -> ChildProcess:
         with self._log_path.open("ab") as log:
-            return ChildProcess.start([self._binary.path, *arguments], stdout=log, stderr=log)
+            return ChildProcess.start([self._binary.path, *self._arguments()], stdout=log, stderr=log)
 
     async def _answers(self, deadline: float) -> bool:
         """Wait until the server serves; return False if it ended or the deadline passed."""

@@ -79,7 +79,7 @@ async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], 
             if client.closed or time.monotonic() + pause_s > give_up_at:
                 raise
             log.debug("once more in %.3f s: %s", pause_s, exc)
-            await asyncio.sleep(pause_s)
+            await client.pause(pause_s)
 
 
 class ObjectChunks:

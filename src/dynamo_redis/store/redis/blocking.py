@@ -111,6 +111,10 @@ class BlockingConnection:
             self._drop()
             raise
 
+    def abort(self) -> None:
+        """Close the connection, so that a command under way raises StoreError. For the event loop."""
+        self._drop()
+
     def _drop(self) -> None:
         if self._link is not None:
             self._link.abort()

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from threading import Lock
+from typing import Any, Final
+from weakref import WeakSet
 
+import redis
 import redis.asyncio
-import redis.asyncio.connection
-import redis.connection
 from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
@@ -35,26 +33,18 @@ from redis.retry import Retry
 
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.histogram import Histogram
-from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.redis.blocking import Argument as Argument
 from dynamo_redis.store.redis.blocking import BlockingConnection
-from dynamo_redis.store.redis.deadline import Deadline, watched_class
+from dynamo_redis.store.redis.deadline import Deadline
 from dynamo_redis.store.redis.key_types import MOST_KEYS_COUNT, describe_wrong_types
-from dynamo_redis.store.redis.server_errors import (
-    FAILURES,
-    WRITE_REFUSALS,
-    ErrorReply,
-    UntestedScheme,
-    does_not_take,
-    is_about_command,
-    is_about_password,
-    is_cut_off,
-    is_wrong_server,
-    keep_replies,
-    reply,
-    store_error,
-)
-from dynamo_redis.store.redis.url import address, make_connection, parse_url
+from dynamo_redis.store.redis.login import Login
+from dynamo_redis.store.redis.pool import EpochPool, with_raw_replies
+from dynamo_redis.store.redis.route import Route, open_route, route_options, route_thread_options
+from dynamo_redis.store.redis.server_errors import FAILURES
+from dynamo_redis.store.redis.server_state import ServerState
+from dynamo_redis.store.redis.subscription import ChannelSubscription
+from dynamo_redis.store.redis.threads import EventLoopScripts, SyncConnection, ThreadScripts
+from dynamo_redis.store.redis.url import make_connection, parse_server_url
 from dynamo_redis.store.scripts import Script
 
 logger = logging.getLogger(__name__)
@@ -66,18 +56,6 @@ MINIMUM_VERSION: Final = (6, 2)
 MAX_CONNECTIONS_COUNT: Final = 32
 """Commands in flight at once; further ones wait for a connection, within their deadline."""
 CLOSE_TIMEOUT_S: Final = 1.0
-REFUSAL_REPEATED_S: Final = 60.0
-"""Shortest time between two log lines about new connections that are refused for the same reason."""
-ROTATED_REMEDY: Final = (
-    "; open connections go on until they break: change DYN_REDIS_URL and restart this process"
-)
-
-_refusals: Final = RateLimitedLog(logger, pause_s=REFUSAL_REPEATED_S)
-"""Shared by all clients of this process, since each would log the same."""
-
-RECONNECT_AGAIN_S: Final = 1.0
-"""Shortest time between two replacements of all connections: the address may lead to the wrong server
-again."""
 
 
 class RedisClient:
@@ -88,32 +66,44 @@ class RedisClient:
     the server ran the command. Raises ConfigError for a URL that cannot be used.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis") -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis", route: Route | None = None
+    ) -> None:
+        """`route`: leads to the server, instead of the route that the URL describes. Released at `aclose`."""
         self.timeout_s = timeout_s
-        self._client_name = client_name
-        self._url = url
-        options = parse_url(url, redis.asyncio.connection.parse_url)
-        self.address: Final = address(options)
+        self._url = parse_server_url(url)
+        self._route = open_route(self._url) if route is None else route
+        self._server = ServerState(self._route, is_tls=self._url.is_tls)
+        self._login = Login(self._server, client_name)
+        options = self._url.options()
         self.user: Final = str(options.get("username") or "default")
-        pool = _Pool(
-            max_connections=MAX_CONNECTIONS_COUNT,
-            timeout=timeout_s,
-            **self._async_options(timeout_s),
-        )
-        pool.epoch = self._current_epoch
-        self._pool = pool
-        self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
+        # Each call has a `Deadline`. With a time-out of its own, redis-py would send through
+        # `asyncio.wait_for`, which costs a task a command and, before Python 3.12, can suppress the caller's
+        # cancellation.
+        self._options = route_options(options | _common(timeout_s), self._route) | {
+            "socket_timeout": None,
+            "retry": AsyncRetry(NoBackoff(), 0),
+            "redis_connect_func": self._login.log_in,
+        }
+        self._pool = EpochPool(max_connections=MAX_CONNECTIONS_COUNT, timeout=timeout_s, **self._options)
+        self._pool.epoch = self._server.epoch
+        self._redis = with_raw_replies(redis.asyncio.Redis(connection_pool=self._pool))
+        self._others: WeakSet[BlockingConnection | ChannelSubscription | SyncConnection] = WeakSet()
+        self._others_lock = Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._move = asyncio.Event()
+        self._route.add_listener(self._on_move)
         self.trips_s = Histogram(TRIP_LIMITS_S)
         """The durations of commands, scripts and pipelines that were answered."""
         self._closed = False
-        self._has_logged_in = False
-        self._sends_hashes = True
-        self._names_connections = True
-        self._epoch = 0  # counts replacements of all connections
-        self._left_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"<RedisClient {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """The server, for messages."""
+        return self._server.address
 
     @property
     def closed(self) -> bool:
@@ -185,22 +175,15 @@ class RedisClient:
         rest = (len(keys), *keys, *args)
         try:
             async with Deadline(self.timeout_s, self.trips_s):
-                if self._sends_hashes:
+                if self._server.sends_hashes:
                     try:
                         return await self._redis.execute_command("EVALSHA", script.sha, *rest)
                     except redis_errors.ResponseError as exc:
-                        if not self._wants_source(exc):
+                        if not self._server.wants_source(exc):
                             raise
                 return await self._redis.execute_command("EVAL", script.source, *rest)
         except FAILURES as exc:
             raise await self.named(self.error(exc, "EVALSHA or EVAL"), keys) from exc
-
-    def _wants_source(self, exc: redis_errors.ResponseError) -> bool:
-        """Return whether EVALSHA failed since the script, or the command itself, is not known."""
-        if does_not_take(exc, "EVALSHA"):
-            self._sends_hashes = False  # a proxy, or a user without the right: EVAL is used from now on
-            return True
-        return isinstance(exc, redis_errors.NoScriptError)
 
     async def pipeline(
         self, commands: Iterable[Sequence[Argument]], *, transaction: bool = False
@@ -235,7 +218,10 @@ class RedisClient:
 
     async def aclose(self) -> None:
         """Close the pool; later calls raise StoreUnavailable. Never raises for a dead server."""
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self._route.remove_listener(self._on_move)
+            self._route.release()
         self._pool.close()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -246,25 +232,53 @@ class RedisClient:
 
     def disconnect(self) -> None:
         """Close idle connections now, and others before their next use. For the event loop."""
-        self._replace_connections()
+        self._server.replace_connections()
         self._pool.sweep()
 
     def _check_open(self) -> None:
         if self._closed:
             raise StoreUnavailable(f"the connection to Redis at {self.address} has been closed")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+
+    # ------------------------------------------------------------------ when the server is another one
+
+    async def pause(self, wait_s: float) -> None:
+        """Wait before another attempt; end early if new connections lead to another server meanwhile."""
+        move = self._move
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await move.wait()
+
+    def _on_move(self) -> None:
+        """Close all connections, since new ones lead to another server. Called from any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the event loop is closed
+                self._loop.call_soon_threadsafe(self._leave_server)
+
+    def _leave_server(self) -> None:
+        self._pool.close()
+        with self._others_lock:
+            others = tuple(self._others)
+        for other in others:
+            other.abort()
+        self._move.set()
+        self._move = asyncio.Event()
 
     # ------------------------------------------------------------------ other connections
 
     def blocking(self) -> BlockingConnection:
         """Return a connection for blocking reads; its owner closes it."""
-        options = self._async_options(self.timeout_s)
 
         async def connect() -> Any:
-            connection = make_connection(options)
+            self._check_open()
+            connection = make_connection(self._options)
             await connection.connect()
             return connection
 
-        return BlockingConnection(connect, self.error, self._current_epoch, self.timeout_s)
+        made = BlockingConnection(connect, self._server.error, self._server.epoch, self.timeout_s)
+        self._keep(made)
+        return made
 
     async def subscribe(self, *patterns: str) -> ChannelSubscription:
         """Subscribe to channel patterns, on a separate connection. Raises StoreError."""
@@ -275,115 +289,33 @@ class RedisClient:
         return await self._subscribe("SUBSCRIBE", (channel,))
 
     async def _subscribe(self, command: str, names: Sequence[str]) -> ChannelSubscription:
-        connection = make_connection(self._async_options(self.timeout_s))
-        subscription = ChannelSubscription(self, connection)
+        self._check_open()
+        subscription = ChannelSubscription(self._server, make_connection(self._options), self.timeout_s)
+        self._keep(subscription)
         await subscription.start(command, names)
         return subscription
 
     def sync(self, timeout_s: float) -> SyncConnection:
         """Return a connection for another thread, each step of which waits at most `timeout_s`."""
-        options = parse_url(self._url, redis.connection.parse_url) | self._common(timeout_s)
-        options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._log_in_sync}
-        return SyncConnection(self, redis.ConnectionPool(max_connections=1, **options))
+        options = route_thread_options(self._url.thread_options() | _common(timeout_s), self._route)
+        options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._login.log_in_from_thread}
+        made = SyncConnection(self._server, redis.ConnectionPool(max_connections=1, **options))
+        self._keep(made)
+        return made
 
     def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:
         """Return an access to this client's connections for a thread other than that of `loop`."""
-        return _EventLoopScripts(self, loop, timeout_s)
+        return EventLoopScripts(self.script, self._server, loop, timeout_s)
 
-    # ------------------------------------------------------------------ how connections are made
+    def _keep(self, other: BlockingConnection | ChannelSubscription | SyncConnection) -> None:
+        with self._others_lock:
+            self._others.add(other)
 
-    def _replace_connections(self) -> None:
-        self._epoch += 1
+    # ------------------------------------------------------------------ errors
 
-    def _current_epoch(self) -> int:
-        """Return the present epoch. A connection that was made in another epoch is not used again."""
-        return self._epoch
-
-    def _common(self, timeout_s: float) -> dict[str, Any]:
-        return {
-            "socket_timeout": timeout_s,
-            "socket_connect_timeout": timeout_s,
-            "health_check_interval": 0,
-            "decode_responses": False,
-            "protocol": 2,
-            "db": 0,
-        }
-
-    def _async_options(self, timeout_s: float) -> dict[str, Any]:
-        options = parse_url(self._url, redis.asyncio.connection.parse_url) | self._common(timeout_s)
-        # Each call has a `Deadline`. With a time-out of its own, redis-py would send through
-        # `asyncio.wait_for`, which costs a task a command and, before Python 3.12, can suppress the caller's
-        # cancellation.
-        options["socket_timeout"] = None
-        options["connection_class"] = watched_class(options["connection_class"])
-        return options | {"retry": AsyncRetry(NoBackoff(), 0), "redis_connect_func": self._log_in}
-
-    async def _log_in(self, connection: Any) -> None:
-        """Log in, and name the connection for CLIENT LIST if that is allowed."""
-        _prepare(connection)
-        reader = connection._reader
-        try:
-            await connection.on_connect()
-            if self._names_connections:
-                await connection.send_command("CLIENT", "SETNAME", self._client_name)
-                try:
-                    await connection.read_response()
-                except redis_errors.ResponseError as exc:
-                    self._check_unnamed(exc)
-                self._has_logged_in = True
-        except FAILURES as exc:
-            if reply(exc) is not None:
-                self._log_refusal(exc)
-                raise
-            # At its limit of connections, and in protected mode, a server sends an error and closes the new
-            # connection. If a write fails first, the error is still in the reader's buffer.
-            line, end, _ = bytes(reader._buffer).partition(b"\r\n")
-            if end and line[:1] == b"-":
-                error = ErrorReply(line[1:].decode("utf-8", "replace"))
-                self._log_refusal(error)
-                raise error from exc
-            if self._has_logged_in or not self._names_connections or not is_cut_off(exc):
-                raise
-            # Some proxies close a connection upon a command that they do not know.
-            self._names_connections = False
-            try:
-                await connection.disconnect(nowait=True)
-                await connection.connect()
-            except BaseException:
-                self._names_connections = True
-                raise
-
-    def _log_in_sync(self, connection: Any) -> None:
-        """As `_log_in`, for a thread; it is never the first connection to a server."""
-        _prepare(connection)
-        try:
-            connection.on_connect()
-            if self._names_connections:
-                connection.send_command("CLIENT", "SETNAME", self._client_name)
-                try:
-                    connection.read_response()
-                except redis_errors.ResponseError as exc:
-                    self._check_unnamed(exc)
-        except FAILURES as exc:
-            self._log_refusal(exc)
-            raise
-        self._has_logged_in = True
-
-    def _check_unnamed(self, exc: redis_errors.ResponseError) -> None:
-        """Check that the server refuses only to name a connection. Raises `exc` otherwise."""
-        if not is_about_command(exc):
-            raise exc
-        logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
-
-    def _log_refusal(self, exc: BaseException) -> None:
-        """Warn that a server refuses a new connection after it accepted others.
-
-        Open connections may work for long and hide the refusal. Safe from any thread."""
-        if not self._has_logged_in or reply(exc) is None:
-            return
-        text = str(store_error(exc, self.address))
-        remedy = ROTATED_REMEDY if is_about_password(exc) else ""
-        _refusals.log("a new connection is refused: %s%s", text, remedy, kind=text)
+    def error(self, exc: BaseException, command: Argument = "") -> StoreError:
+        """As `ServerState.error`."""
+        return self._server.error(exc, command)
 
     async def named(self, error: StoreError, keys: Sequence[Argument]) -> StoreError:
         """Return the error; if a key of a wrong type caused it, with that key and the command that repairs
@@ -405,213 +337,21 @@ class RedisClient:
         named.answered, named.answer_code = error.answered, error.answer_code
         return named
 
-    def error(self, exc: BaseException, command: Argument = "") -> StoreError:
-        """Return the error for a failed exchange with this server; safe from any thread. `command` is its
-        name.
 
-        If this is not, or no longer, the right server, all connections are replaced before their next use:
-        only a new connection resolves the name again, and so finds the new primary.
-        """
-        if is_wrong_server(exc) and time.monotonic() - self._left_at >= RECONNECT_AGAIN_S:
-            self._left_at = time.monotonic()
-            self._replace_connections()
-        scheme: UntestedScheme = "tls" if self._url.startswith("rediss:") else "plain"
-        untested = None if self._has_logged_in else scheme
-        error = store_error(exc, self.address, untested=untested, command=str(command))
-        text = reply(exc)
-        error.answered = text is not None
-        error.answer_code = (text or "").partition(" ")[0]
-        error.refuses_writes = error.answer_code in WRITE_REFUSALS
-        return error
+def _common(timeout_s: float) -> dict[str, Any]:
+    """Return the options of all kinds of connection."""
+    return {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "health_check_interval": 0,
+        "decode_responses": False,
+        "protocol": 2,
+        "db": 0,
+    }
 
 
 def _text(value: Argument) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-class ChannelSubscription:
-    """Messages of subscribed channels, from one connection that is never replaced silently."""
-
-    def __init__(self, client: RedisClient, connection: Any) -> None:
-        self._client = client
-        self._connection = connection
-        self._made_in = client._current_epoch()
-
-    async def start(self, command: str, names: Sequence[str]) -> None:
-        """Connect and subscribe. Raises StoreError."""
-        try:
-            async with Deadline(self._client.timeout_s):
-                await self._connection.connect()
-                await self._connection.send_command(command, *names)
-                for _ in names:
-                    await self._connection.read_response()
-        except FAILURES as exc:
-            await self.aclose()
-            raise self._client.error(exc) from exc
-
-    async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
-        """Return the next (channel, payload); None if there is none within `timeout_s`.
-
-        A silent connection is checked by PING, and a message on its way is awaited. Raises StoreError when
-        the connection is gone: subscribe again, and expect a gap.
-        """
-        if self._made_in != self._client._current_epoch():
-            await self.aclose()
-            raise StoreUnavailable(
-                f"Redis at {self._client.address} is no longer the primary: subscribe again"
-            )
-        try:
-            reply = await self._connection.read_response(timeout=timeout_s)
-            if reply is None:
-                try:
-                    async with Deadline(self._client.timeout_s):
-                        await self._connection.send_command("PING", check_health=False)
-                        reply = await self._connection.read_response()
-                except redis_errors.ResponseError as exc:
-                    if "MISCONF" not in str(self._client.error(exc)):
-                        raise
-                    return None  # a server that cannot save refuses even PING: it is up
-        except FAILURES as exc:
-            await self.aclose()
-            raise self._client.error(exc) from exc
-        kind, *_ = reply
-        return (reply[-2], reply[-1]) if kind in (b"message", b"pmessage") else None
-
-    async def aclose(self) -> None:
-        """Drop the connection without waiting for the server."""
-        await self._connection.disconnect(nowait=True)
-
-
-class ThreadScripts(Protocol):
-    """Blocking calls of scripts, for a thread."""
-
-    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`."""
-        ...
-
-
-class _EventLoopScripts:
-    """Runs scripts from a thread over a client's event loop; each call waits at most `timeout_s`."""
-
-    def __init__(self, client: RedisClient, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
-        self._client = client
-        self._loop = loop
-        self._timeout_s = timeout_s
-
-    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`. Raises StoreUnavailable, too, if the event loop hangs or has ended."""
-        work = self._client.script(script, keys, args)
-        try:
-            answer = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError as exc:
-            work.close()
-            raise StoreUnavailable("the event loop has ended") from exc
-        try:
-            return answer.result(self._timeout_s)
-        except (TimeoutError, CancelledError) as exc:
-            answer.cancel()
-            raise StoreUnavailable(f"Redis at {self._client.address} does not answer in time") from exc
-
-
-class SyncConnection:
-    """A connection for one thread. `close` may be called from any thread once that thread has ended."""
-
-    def __init__(self, client: RedisClient, pool: redis.ConnectionPool) -> None:
-        self._client = client
-        self._pool = pool
-        self._redis = _raw(redis.Redis(connection_pool=pool))
-        self._made_in = client._current_epoch()
-
-    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`. After a connection error the next call reconnects."""
-        if self._made_in != (epoch := self._client._current_epoch()):
-            self._pool.disconnect()
-            self._made_in = epoch
-        client = self._client
-        try:
-            if client._sends_hashes:
-                try:
-                    return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
-                except redis_errors.ResponseError as exc:
-                    if not client._wants_source(exc):
-                        raise
-            return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
-        except FAILURES as exc:
-            raise self._failed(exc, "EVALSHA or EVAL") from exc
-
-    def connect(self) -> None:
-        """Connect now, not at the first script. Raises StoreError."""
-        try:
-            self._redis.execute_command("PING")
-        except FAILURES as exc:
-            raise self._failed(exc) from exc
-
-    def _failed(self, exc: BaseException, command: str = "") -> StoreError:
-        """Return the error for a failure. The connection is kept if the server answered with that error."""
-        error = self._client.error(exc, command)
-        if not error.answered:
-            self._pool.disconnect()
-        return error
-
-    def abort(self) -> None:
-        """Make the exchange under way fail. For a thread other than the connection's."""
-        under_way: Any = tuple(self._pool._in_use_connections)
-        for connection in under_way:
-            if (open_socket := connection._sock) is not None:
-                with suppress(OSError):
-                    open_socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection. Never raises."""
-        self._pool.disconnect()
-
-
-# ---------------------------------------------------------------------- redis-py's edges
-
-
-class _Pool(redis.asyncio.BlockingConnectionPool):
-    """A pool that uses only connections of the present epoch, and closes idle ones of earlier epochs."""
-
-    epoch: Callable[[], int]
-    _swept_in = 0
-
-    def sweep(self) -> None:
-        """Close the idle connections."""
-        idle: Any
-        for idle in self._available_connections:
-            idle._close()
-
-    def close(self) -> None:
-        """Close every connection without waiting. A `disconnect` that is cancelled leaves them open."""
-        connection: Any
-        for connection in (*self._available_connections, *self._in_use_connections):
-            with suppress(RuntimeError):  # its event loop is closed
-                connection._close()
-
-    async def ensure_connection(self, connection: Any) -> None:
-        epoch = self.epoch()
-        if self._swept_in != epoch:
-            self._swept_in = epoch
-            self.sweep()
-        if connection.is_connected and connection.made_in != epoch:
-            connection._close()
-        if not connection.is_connected:
-            connection.made_in = epoch
-        await super().ensure_connection(connection)
-
-
-def _prepare(connection: Any) -> None:
-    """Set up a connection before its login."""
-    keep_replies(connection)
-    # No CLIENT SETINFO: it is not needed here, and some proxies close a connection upon it.
-    connection.driver_info = connection.lib_name = connection.lib_version = None
-
-
-def _raw(client: Any) -> Any:
-    """Make a client return replies as the protocol has them: those of redis-py differ between its
-    releases."""
-    client.response_callbacks.clear()
-    return client
 
 
 def _parse_info(reply: bytes) -> dict[str, str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextvars import ContextVar
-from functools import cache
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self
@@ -36,8 +35,8 @@ def leaving_s(request_bytes: int) -> float:
 class Deadline:
     """Bounds the time of an `async with` block; raises TimeoutError there.
 
-    The block has `limit_s`, connecting included. Once a request has been sent over a connection of
-    `watched_class`, each byte that this connection receives extends this deadline and those of outer blocks.
+    The block has `limit_s`, connecting included. Once a request has been sent over a `Watched`
+    connection, each byte that this connection receives extends this deadline and those of outer blocks.
     A single timer checks the time of the last byte, so a byte costs only the note of its time.
     """
 
@@ -100,8 +99,8 @@ class Deadline:
             self._timeout.reschedule(now)
 
 
-class _Watched:
-    """The methods that `watched_class` adds to a connection class of redis-py."""
+class Watched:
+    """The methods that a connection class of redis-py needs to report received bytes to a `Deadline`."""
 
     heard_at = 0.0
     """Time of the last received byte, on the event loop's clock."""
@@ -126,9 +125,3 @@ class _Watched:
             deadline.watch(self, sum(map(len, parts)))
             command = parts  # type: ignore[assignment]
         await super().send_packed_command(command, check_health)  # type: ignore[misc]
-
-
-@cache
-def watched_class(connection_class: type) -> type:
-    """Return a subclass of a redis-py connection class that reports received bytes to a `Deadline`."""
-    return type(f"Watched{connection_class.__name__}", (_Watched, connection_class), {})

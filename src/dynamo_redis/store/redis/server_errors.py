@@ -4,7 +4,7 @@ There are three kinds of failure: no answer (StoreUnavailable, it may pass), an 
 (`ERROR_MEANINGS` explains each), and an answer that does not come from Redis or not over the expected TLS.
 
 redis-py removes the code from some errors and leaves it on others. So its parsers are changed to keep each
-error as the server sent it (`keep_replies`), and only that text is used.
+error as the server sent it (`prepare`), and only that text is used.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ def store_error(
     `untested`: set while no exchange with that server has succeeded, so that a wrong URL may be the cause.
     `command`: name of the failed command, or "".
     """
+    if route := _cause(exc, RouteError):
+        return (StoreRefused if route.refused else StoreUnavailable)(str(route))
     text = reply(exc)
     if text is not None:
         meaning = _meaning(text)
@@ -245,8 +247,18 @@ class ErrorReply(redis_errors.ResponseError):
         self.reply = sent
 
 
-def keep_replies(connection: Any) -> None:
-    """Give the exceptions of a redis-py connection the server's text as `reply`. Call it before the login."""
+class RouteError(redis_errors.ConnectionError):
+    """No server is known to connect to. `refused`: an operator is needed. Shows no password."""
+
+    def __init__(self, text: str, *, refused: bool = False) -> None:
+        super().__init__(text)
+        self.refused = refused
+
+
+def prepare(connection: Any) -> None:
+    """Set up a redis-py connection before its login: its exceptions get the server's text as `reply`."""
+    # No CLIENT SETINFO: it is not needed here, and some proxies close a connection upon it.
+    connection.driver_info = connection.lib_name = connection.lib_version = None
     parser = connection._parser
     parse = type(parser).parse_error
 

@@ -1,4 +1,5 @@
-"""Reads DYN_REDIS_URL: redis-py's connection options, checked before a connection is made.
+"""Reads DYN_REDIS_URL: the servers that it names, and redis-py's connection options, checked before a
+connection is made.
 
 A password that contains a delimiter of URLs (`#`, `/`, `?`, ...) is split: a part of it becomes the host, the
 port or an option. So the parts are checked here, and messages repeat only the names of options and files.
@@ -9,9 +10,10 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import redis.asyncio
 import redis.asyncio.connection
@@ -20,27 +22,165 @@ from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import ConfigError
 
-_FORM: Final = "redis://[user:password@]host:port, rediss://… for TLS, or unix:///path/of/the/socket"
+_FORM: Final = (
+    "redis://[user:password@]host:port, rediss://… for TLS, unix:///path/of/the/socket, or"
+    " redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name"
+)
+_SENTINEL_FORM: Final = "redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name"
+_SENTINEL_SCHEMES: Final = {"redis+sentinel": "redis", "rediss+sentinel": "rediss"}
+"""Schemes with several hosts, and the scheme of the connections to each."""
+_SCHEMES: Final = ("redis", "rediss", "unix", *_SENTINEL_SCHEMES)
 _ENCODE: Final = (
     "in a password write # as %23, / as %2F, ? as %3F, @ as %40, : as %3A, [ as %5B, % as %25, a space as %20"
 )
-_OPTION: Final = re.compile(r"(?:username|password)=.*|[a-z][a-z0-9_]*=[^@]*", re.DOTALL)
+_OPTION: Final = re.compile(r"(?:sentinel_)?(?:username|password)=.*|[a-z][a-z0-9_]*=[^@]*", re.DOTALL)
 """An @ in another option would be the one before the host: the text before it is a password."""
 _UNKNOWN_OPTION: Final = re.compile(r"unexpected keyword argument '(\w+)'")
 """Python's message for an option that a connection class does not know."""
 _INVALID_OPTION: Final = re.compile(r"Invalid value for '(\w+)'")
 """redis-py's message for an option of a wrong type."""
 _FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")
+_SENTINEL_PORT: Final = 26379
+_MOST_SENTINELS_COUNT: Final = 15
+_MASTER_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
+"""The names that a Sentinel accepts."""
+_SENTINEL_OPTIONS: Final = ("sentinel_username", "sentinel_password")
 
 Parser = Callable[[str], Any]
 """`parse_url` of redis-py, for the event loop or for a thread."""
 
+Address = tuple[str, int]
+"""Host and port."""
 
-def parse_url(url: str, parser: Parser) -> dict[str, Any]:
-    """Return redis-py's connection options for a URL. Raises ConfigError, which never shows part of a
-    password."""
+
+@dataclass(frozen=True, slots=True)
+class ServerUrl:
+    """A checked URL. Made by `parse_server_url`.
+
+    `sentinels` and `master_name` are set for a URL of sentinels only. The options of that are for the servers
+    and for the sentinels alike, except user and password.
+    """
+
+    url: str = field(repr=False)
+    """A URL that redis-py understands; its host is that of the first sentinel, if there are sentinels."""
+    sentinels: tuple[Address, ...] = ()
+    master_name: str = ""
+    sentinel_login: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    @property
+    def is_tls(self) -> bool:
+        """True if connections use TLS."""
+        return self.url.lower().startswith("rediss:")
+
+    def options(self) -> dict[str, Any]:
+        """Return redis-py's options of connections to the server, for an event loop. Raises ConfigError."""
+        return _options(self.url, redis.asyncio.connection.parse_url)
+
+    def thread_options(self) -> dict[str, Any]:
+        """Return redis-py's options of connections to the server, for a thread. Raises ConfigError."""
+        return _options(self.url, redis.connection.parse_url)
+
+    def sentinel_options(self, sentinel: Address) -> dict[str, Any]:
+        """Return redis-py's options of connections to a sentinel, for an event loop."""
+        options = self.options()
+        for name in ("username", "password", "credential_provider"):
+            options.pop(name, None)
+        return options | dict(self.sentinel_login) | {"host": sentinel[0], "port": sentinel[1]}
+
+
+def parse_server_url(url: str) -> ServerUrl:
+    """Check a URL. Raises ConfigError, which never shows part of a password."""
     url = url.strip()
-    _check_pieces(url)
+    scheme, found, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not found or scheme not in _SCHEMES:
+        raise ConfigError(
+            "DYN_REDIS_URL must begin with redis://, rediss://, unix://, redis+sentinel:// or"
+            f" rediss+sentinel://: write {_FORM}"
+        )
+    parsed = _parse_sentinels(scheme, rest) if scheme in _SENTINEL_SCHEMES else ServerUrl(url)
+    _check_pieces(parsed.url)
+    _check_options(parsed.options())
+    return parsed
+
+
+def address(options: dict[str, Any]) -> str:
+    """Return the address in the options, for display: `host:port`, or a socket's path."""
+    if "path" in options:
+        return str(options["path"])
+    return show_address((str(options.get("host", "localhost")), options.get("port", 6379)))
+
+
+def show_address(at: Address) -> str:
+    """Return `host:port`; an IPv6 address in brackets."""
+    host, port = at
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def make_connection(options: dict[str, Any]) -> Any:
+    """Return a connection of the class in the options, not yet connected."""
+    return options["connection_class"](**{k: v for k, v in options.items() if k != "connection_class"})
+
+
+# ---------------------------------------------------------------------- several hosts
+
+
+def _parse_sentinels(scheme: str, rest: str) -> ServerUrl:
+    """Return the sentinels and the name of the master. Raises ConfigError."""
+    if "#" in rest:
+        raise ConfigError(f"DYN_REDIS_URL has a # in it: {_ENCODE}")
+    try:
+        pieces = urlsplit(f"//{rest}")
+    except ValueError:
+        raise ConfigError(_wrong_server(rest)) from None
+    login, at, hosts = pieces.netloc.rpartition("@")
+    sentinels = parse_hosts(hosts, _SENTINEL_PORT)
+    if len(sentinels) > _MOST_SENTINELS_COUNT:
+        raise ConfigError(f"DYN_REDIS_URL: name at most {_MOST_SENTINELS_COUNT} sentinels")
+    name = unquote(pieces.path).strip("/")
+    if not name:
+        raise ConfigError(
+            "DYN_REDIS_URL: behind the sentinels there must be the name by which they know the master, as"
+            f" /mymaster: write {_SENTINEL_FORM}"
+        )
+    if not _MASTER_NAME.fullmatch(name):
+        raise ConfigError(
+            "DYN_REDIS_URL: the name of the master, behind the sentinels, has only letters, digits, and"
+            f" . - _; {_ENCODE}"
+        )
+    _check_query(pieces.query)
+    options = parse_qsl(pieces.query, keep_blank_values=True)
+    login_of_sentinels = {
+        option.removeprefix("sentinel_"): value for option, value in options if option in _SENTINEL_OPTIONS
+    }
+    if "username" in login_of_sentinels and "password" not in login_of_sentinels:
+        raise ConfigError("DYN_REDIS_URL: sentinel_username needs a sentinel_password")
+    query = urlencode([pair for pair in options if pair[0] not in _SENTINEL_OPTIONS])
+    netloc = f"{login}{at}{show_address(sentinels[0])}"
+    one = urlunsplit((_SENTINEL_SCHEMES[scheme], netloc, "", query, ""))
+    return ServerUrl(one, sentinels, name, tuple(login_of_sentinels.items()))
+
+
+def parse_hosts(text: str, default_port: int) -> tuple[Address, ...]:
+    """Return the addresses of a list `host:port,host:port`, each once. Raises ConfigError."""
+    found: dict[Address, None] = {}
+    for part in text.split(","):
+        try:
+            pieces = urlsplit(f"//{part}")
+            host, port = pieces.hostname, pieces.port
+        except ValueError:
+            raise ConfigError(_wrong_server(part)) from None
+        if not host or (part.count(":") > 1 and not part.startswith("[")):
+            raise ConfigError(_wrong_server(""))
+        found[(host, port or default_port)] = None
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _options(url: str, parser: Parser) -> dict[str, Any]:
+    """Return redis-py's connection options for a URL. Raises ConfigError."""
     try:
         options: dict[str, Any] = dict(parser(url))
     except ValueError as exc:
@@ -51,28 +191,12 @@ def parse_url(url: str, parser: Parser) -> dict[str, Any]:
         raise ConfigError("DYN_REDIS_URL: only database 0 is used; separate deployments by DYN_REDIS_PREFIX")
     is_async = parser is redis.asyncio.connection.parse_url
     options.setdefault("connection_class", redis.asyncio.Connection if is_async else redis.Connection)
-    _check_options(options)
     return options
-
-
-def address(options: dict[str, Any]) -> str:
-    """Return the address in the options, for display: `host:port`, or a socket's path."""
-    if "path" in options:
-        return str(options["path"])
-    host = str(options.get("host", "localhost"))
-    return f"[{host}]:{options.get('port', 6379)}" if ":" in host else f"{host}:{options.get('port', 6379)}"
-
-
-def make_connection(options: dict[str, Any]) -> Any:
-    """Return a connection of the class in the options, not yet connected."""
-    return options["connection_class"](**{k: v for k, v in options.items() if k != "connection_class"})
 
 
 def _check_pieces(url: str) -> None:
     """Check that each part of a URL is valid, so that none is part of a password. Raises ConfigError."""
-    scheme, found, rest = url.partition("://")
-    if not found or scheme.lower() not in ("redis", "rediss", "unix"):
-        raise ConfigError(f"DYN_REDIS_URL must begin with redis://, rediss://, unix://: write {_FORM}")
+    scheme, _, rest = url.partition("://")
     try:
         pieces = urlsplit(url)
         pieces.port  # noqa: B018 - it is read here for its error
@@ -80,8 +204,7 @@ def _check_pieces(url: str) -> None:
         raise ConfigError(_wrong_server(rest)) from None
     if "#" in url:
         raise ConfigError(f"DYN_REDIS_URL has a # in it: {_ENCODE}")
-    if any(_OPTION.fullmatch(option) is None for option in pieces.query.split("&") if option):
-        raise ConfigError(f"DYN_REDIS_URL: behind the ? there must be options, as name=value; {_ENCODE}")
+    _check_query(pieces.query)
     if scheme.lower() == "unix":
         if pieces.path in ("", "/"):
             raise ConfigError("DYN_REDIS_URL: write unix:///path/of/the/socket")
@@ -95,10 +218,16 @@ def _check_pieces(url: str) -> None:
         raise ConfigError(f"DYN_REDIS_URL: behind host:port/ there is only a database, which is 0; {_ENCODE}")
 
 
+def _check_query(query: str) -> None:
+    """Check that options are written as options. Raises ConfigError."""
+    if any(_OPTION.fullmatch(option) is None for option in query.split("&") if option):
+        raise ConfigError(f"DYN_REDIS_URL: behind the ? there must be options, as name=value; {_ENCODE}")
+
+
 def _wrong_server(rest: str) -> str:
     host = rest.rpartition("@")[2]
     if "," in host:
-        return f"DYN_REDIS_URL names several servers: give one; {_ENCODE}"
+        return f"DYN_REDIS_URL names several servers: give one, or sentinels, as {_SENTINEL_FORM}; {_ENCODE}"
     return f"DYN_REDIS_URL: its host:port is not understood; an IPv6 address is written [::1]:6379; {_ENCODE}"
 
 

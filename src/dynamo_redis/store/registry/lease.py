@@ -26,8 +26,9 @@ from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import LeaseNotFound, StoreError
 from dynamo_redis.store.base import LeaseId, Revision
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, RegistryKeys
-from dynamo_redis.store.redis.client import RedisClient, SyncConnection
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.server_errors import is_full
+from dynamo_redis.store.redis.threads import SyncConnection
 from dynamo_redis.store.registry.change_log import is_revision, order
 from dynamo_redis.store.registry.scripts_api import (
     KeyValue,

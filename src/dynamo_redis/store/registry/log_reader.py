@@ -102,15 +102,17 @@ class LogReader:
                     await self._follow()
                 except HistoryLost as exc:
                     self._lost = str(exc)
-                    await asyncio.sleep(backoff.next_s())  # an entry of another program may be found again
+                    await self._kv.client.pause(
+                        backoff.next_s()
+                    )  # an entry of another program may be found again
                 except StoreError as exc:
                     self._kv.log_page.failed()
                     self._health.failed(await self._kv.client.named(exc, self._kv.keys.structures))
-                    await asyncio.sleep(backoff.next_s())
+                    await self._kv.client.pause(backoff.next_s())
                 except Exception as exc:  # noqa: BLE001 - logged, with its traceback
                     self._supervisor.failed(exc)
                     self._lost = "the change log could not be read"
-                    await asyncio.sleep(backoff.next_s())
+                    await self._kv.client.pause(backoff.next_s())
 
         self._position = position
         self._task = asyncio.create_task(read_on(), name="registry log reader")
@@ -231,7 +233,7 @@ class LogReader:
                 logger.debug("watch of %r: %s", watch.view.prefix, exc)
             except Exception as exc:  # noqa: BLE001 - logged, with its traceback
                 self._supervisor.failed(exc)
-            await asyncio.sleep(backoff.next_s())
+            await self._kv.client.pause(backoff.next_s())
 
     async def _load_view(self, watch: QueueWatch) -> None:
         view = watch.view

@@ -244,6 +244,9 @@ class MemoryStorage:
 
     timeout_s = 3.0
 
+    async def pause(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+
     def __init__(self, server: MemoryServer) -> None:
         self.server = server
 

@@ -24,8 +24,8 @@ from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StoreRefused
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.keys import parse_lease
-from dynamo_redis.store.redis.client import ChannelSubscription
 from dynamo_redis.store.redis.health import Health
+from dynamo_redis.store.redis.subscription import ChannelSubscription
 from dynamo_redis.store.registry.change_log import Change
 from dynamo_redis.store.registry.scripts_api import KeyValue, Renewal, Tick
 from dynamo_redis.supervision import Supervisor
@@ -181,7 +181,7 @@ class Reaper:
             finally:
                 if subscription is not None:
                     await subscription.aclose()
-            await asyncio.sleep(backoff.next_s())
+            await self._kv.client.pause(backoff.next_s())
 
     async def _follow_hint(self, channel: bytes) -> None:
         """Tick, unless the log shows that another process has reaped the lease of that channel already."""

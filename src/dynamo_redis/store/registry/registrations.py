@@ -153,11 +153,11 @@ class Registrations:
                 except StoreError as exc:
                     self._disturbed.set()
                     logger.debug("repair: %s", exc)
-                    await asyncio.sleep(backoff.next_s())
+                    await self._kv.pause(backoff.next_s())
                 except Exception as exc:  # noqa: BLE001 - logged, with its traceback
                     self._disturbed.set()
                     self._supervisor.failed(exc)
-                    await asyncio.sleep(backoff.next_s())
+                    await self._kv.pause(backoff.next_s())
 
         self._incarnation = incarnation
         self._task = asyncio.create_task(repair_on(), name="registry repair")

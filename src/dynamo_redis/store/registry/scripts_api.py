@@ -29,8 +29,9 @@ from dynamo_redis.errors import (
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease, transaction_too_large
 from dynamo_redis.store.redis.blocking import Argument
-from dynamo_redis.store.redis.client import RedisClient, ThreadScripts
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.page_size import PAGE_BYTES, PageSize
+from dynamo_redis.store.redis.threads import ThreadScripts
 from dynamo_redis.store.registry.change_log import (
     Change,
     Position,
@@ -282,6 +283,10 @@ class KeyValue:
         """Longest wait for one answer."""
         return self.client.timeout_s
 
+    async def pause(self, wait_s: float) -> None:
+        """Wait before another attempt, as `RedisClient.pause`."""
+        await self.client.pause(wait_s)
+
     async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
         """Run a script, and repeat it while it answers `again`. A registry that is missing is created
         first."""
@@ -478,7 +483,7 @@ class KeyValue:
                 if isinstance(exc, OutcomeUnknown) or loop.time() + wait_s >= deadline:
                     raise
                 repeats_after = seen
-                await asyncio.sleep(wait_s)
+                await self.client.pause(wait_s)
             else:
                 if written.change_count:
                     self._seen = f"{written.revision} {operation}"

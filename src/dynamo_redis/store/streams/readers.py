@@ -108,7 +108,7 @@ class _Reader(ABC):
 
         After a StoreUnavailable the next call waits, longer each time, and then asks for fewer entries."""
         if self._failed:
-            await asyncio.sleep(self._backoff.next_s())
+            await self._client.pause(self._backoff.next_s())
         try:
             entries = await self._read(min(count, self._page.count), min(block_s, BLOCK_LIMIT_S))
         except StoreError:

@@ -39,7 +39,8 @@ from dynamo_redis.store.event_base import (
     TopicSubscription,
 )
 from dynamo_redis.store.keys import StreamKeys, stream_of_key, stream_pattern
-from dynamo_redis.store.redis.client import Argument, ChannelSubscription, RedisClient
+from dynamo_redis.store.redis.client import Argument, RedisClient
+from dynamo_redis.store.redis.subscription import ChannelSubscription
 from dynamo_redis.store.scripts import load_script
 from dynamo_redis.store.streams.readers import (
     SILENCE_MS,

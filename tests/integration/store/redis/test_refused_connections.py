@@ -216,7 +216,7 @@ async def test_a_changed_password_is_warned_of(
         await admin.execute("CONFIG", "SET", "requirepass", "new")
         with pytest.raises(StoreRefused, match="user name or password"):
             await in_thread(registry._client)
-        (warning,) = [record for record in caplog.records if record.name.endswith("redis.client")]
+        (warning,) = [record for record in caplog.records if record.name.endswith("redis.login")]
         assert warning.levelno == logging.WARNING
         assert "a new connection is refused" in warning.getMessage()
         assert "user name or password of DYN_REDIS_URL" in warning.getMessage()
@@ -224,11 +224,11 @@ async def test_a_changed_password_is_warned_of(
         with pytest.raises(StoreRefused):
             await in_thread(registry._client)
         other = RedisClient(url, timeout_s=5.0)
-        other._has_logged_in = True  # as after an earlier connection
+        other._server.has_logged_in = True  # as after an earlier connection
         with pytest.raises(StoreRefused):
             await other.execute("PING")
         await other.aclose()
-        assert len([record for record in caplog.records if record.name.endswith("redis.client")]) == 1
+        assert len([record for record in caplog.records if record.name.endswith("redis.login")]) == 1
         await registry.put("k", b"v")  # by a connection that was made before
         await admin.execute("CONFIG", "SET", "requirepass", "old")
         await admin.aclose()

@@ -12,7 +12,8 @@ import pytest
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.redis.client import RedisClient, SyncConnection
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.threads import SyncConnection
 from dynamo_redis.store.registry.lease import Keepalive, WriterChain
 from dynamo_redis.store.registry.reaper import LEASELESS_TICK_S, TICK_S, Pace
 from dynamo_redis.store.registry.scripts_api import Renewal, Tick

@@ -1,0 +1,113 @@
+"""Access to Redis from threads: a connection of a thread's own, or those of an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from typing import Any, Protocol
+
+import redis
+from redis import exceptions as redis_errors
+
+from dynamo_redis.errors import StoreError, StoreUnavailable
+from dynamo_redis.store.redis.blocking import Argument
+from dynamo_redis.store.redis.pool import with_raw_replies
+from dynamo_redis.store.redis.server_errors import FAILURES
+from dynamo_redis.store.redis.server_state import ServerState
+from dynamo_redis.store.scripts import Script
+
+
+class ThreadScripts(Protocol):
+    """Blocking calls of scripts, for a thread."""
+
+    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `RedisClient.script`."""
+        ...
+
+
+class EventLoopScripts:
+    """Runs scripts from a thread over a client's event loop; each call waits at most `timeout_s`.
+
+    `run` is `RedisClient.script`."""
+
+    def __init__(
+        self,
+        run: Callable[..., Coroutine[Any, Any, Any]],
+        server: ServerState,
+        loop: asyncio.AbstractEventLoop,
+        timeout_s: float,
+    ) -> None:
+        self._run = run
+        self._server = server
+        self._loop = loop
+        self._timeout_s = timeout_s
+
+    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `RedisClient.script`. Raises StoreUnavailable, too, if the event loop hangs or has ended."""
+        work = self._run(script, keys, args)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as exc:
+            work.close()
+            raise StoreUnavailable("the event loop has ended") from exc
+        try:
+            return answer.result(self._timeout_s)
+        except (TimeoutError, CancelledError) as exc:
+            answer.cancel()
+            raise StoreUnavailable(f"Redis at {self._server.address} does not answer in time") from exc
+
+
+class SyncConnection:
+    """A connection for one thread. `close` may be called from any thread once that thread has ended."""
+
+    def __init__(self, server: ServerState, pool: redis.ConnectionPool) -> None:
+        self._server = server
+        self._pool = pool
+        self._redis = with_raw_replies(redis.Redis(connection_pool=pool))
+        self._made_in = server.epoch()
+
+    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `RedisClient.script`. After a connection error the next call reconnects."""
+        if self._made_in != (epoch := self._server.epoch()):
+            self._pool.disconnect()
+            self._made_in = epoch
+        server = self._server
+        try:
+            if server.sends_hashes:
+                try:
+                    return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+                except redis_errors.ResponseError as exc:
+                    if not server.wants_source(exc):
+                        raise
+            return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+        except FAILURES as exc:
+            raise self._failed(exc, "EVALSHA or EVAL") from exc
+
+    def connect(self) -> None:
+        """Connect now, not at the first script. Raises StoreError."""
+        try:
+            self._redis.execute_command("PING")
+        except FAILURES as exc:
+            raise self._failed(exc) from exc
+
+    def _failed(self, exc: BaseException, command: str = "") -> StoreError:
+        """Return the error for a failure. The connection is kept if the server answered with that error."""
+        error = self._server.error(exc, command)
+        if not error.answered:
+            self._pool.disconnect()
+        return error
+
+    def abort(self) -> None:
+        """End the connection, and make an exchange under way fail. For other threads than its own."""
+        open_connections: Any = (*self._pool._in_use_connections, *self._pool._available_connections)
+        for connection in open_connections:
+            if (open_socket := connection._sock) is not None:
+                with suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection. Never raises."""
+        self._pool.disconnect()
