@@ -11,10 +11,12 @@ from typing import Any
 import httpx
 
 from dynamo_redis.config import FrontendSettings, MockEngineSettings
+from dynamo_redis.engines.base import Engine
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.frontend.http.server import serve_frontend
+from dynamo_redis.models.card import ModelKind
 from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
@@ -69,23 +71,36 @@ class Deployment:
         migration_limit: int = 0,
         **engine: Any,
     ) -> NotingEngine:
-        runtime = await self.open_runtime()
         model = read_model_directory(DEMO_MODEL_PATH)
         mock = kind(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
+        await self.serve(mock, model, name, migration_limit=migration_limit)
+        return mock
+
+    async def serve(
+        self,
+        engine: Engine,
+        model: ModelDirectory,
+        name: str,
+        *,
+        migration_limit: int = 0,
+        model_type: ModelKind | None = None,
+    ) -> None:
+        """Serve an engine in a runtime of its own."""
+        runtime = await self.open_runtime()
         ready = asyncio.Event()
         serving = asyncio.create_task(
             serve_engine(
                 runtime,
-                mock,
+                engine,
                 model,
                 endpoint="dynamo.backend.generate",
                 model_name=name,
+                model_type=model_type,
                 migration_limit=migration_limit,
                 on_ready=lambda _: ready.set(),
             )
         )
         await self._started(runtime, serving, ready)
-        return mock
 
     async def frontend(self, on_grpc_ready: Callable[[int], None] | None = None, /, **settings: Any) -> str:
         runtime = await self.open_runtime()

@@ -47,22 +47,26 @@ def mock(endpoint: str | None, **options: str | None) -> None:
       dynamo-redis worker mock --model-path ./Qwen3-0.6B --model-name Qwen/Qwen3-0.6B
       dynamo-redis worker mock --speedup-ratio 0 --redis-url redis://10.0.0.5:6379
       dynamo-redis worker mock --data-parallel-size 4 --total-kv-blocks 4096
+      dynamo-redis worker mock --model-type embedding --model-name embedder
     """
     model_settings = load(ModelSettings, options)
     engine_settings = load(MockEngineSettings, options)
     name = EndpointName.parse(endpoint or f"{load(RuntimeSettings, options).namespace}.backend.generate")
 
     async def serve(runtime: DistributedRuntime) -> None:
+        from dynamo_redis.engines.mock.embedding import MockEmbeddingEngine
         from dynamo_redis.engines.mock.engine import MockEngine
-        from dynamo_redis.engines.worker import open_model, serve_engine
+        from dynamo_redis.engines.worker import kind_of, open_model, serve_engine
 
         model, model_name = await asyncio.to_thread(open_model, model_settings)
+        kind = kind_of(model_settings)
         await serve_engine(
             runtime,
-            MockEngine(engine_settings, model),
+            (MockEmbeddingEngine if kind == "embedding" else MockEngine)(engine_settings, model),
             model,
             endpoint=str(name),
             model_name=model_name,
+            model_type=kind,
             migration_limit=model_settings.model_migration_limit,
             tool_call_parser=model_settings.tool_call_parser,
             reasoning_parser=model_settings.reasoning_parser,

@@ -54,6 +54,9 @@ def openai(endpoint: str | None, **options: str | None) -> None:
     \b
       llama-server -m qwen3-8b.gguf --port 8080 --metrics
       dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:8080
+    \b
+      vllm serve ./Qwen3-Embedding-0.6B --port 8001
+      dynamo-redis worker openai --model-path ./Qwen3-Embedding-0.6B --model-type embedding
     """
     require_extra("engines")
     model_settings = load(ModelSettings, options)
@@ -61,8 +64,9 @@ def openai(endpoint: str | None, **options: str | None) -> None:
     name = EndpointName.parse(endpoint or f"{load(RuntimeSettings, options).namespace}.backend.generate")
 
     async def serve(runtime: DistributedRuntime) -> None:
+        from dynamo_redis.engines.openai.embedding import OpenAIEmbeddingEngine
         from dynamo_redis.engines.openai.engine import OpenAIEngine
-        from dynamo_redis.engines.worker import open_model, serve_engine
+        from dynamo_redis.engines.worker import kind_of, open_model, serve_engine
 
         if model_settings.model_path is None:
             log.warning(
@@ -71,7 +75,9 @@ def openai(endpoint: str | None, **options: str | None) -> None:
                 "directory"
             )
         model, model_name = await asyncio.to_thread(open_model, model_settings)
-        engine = OpenAIEngine(engine_settings, model, context_length=model_settings.context_length)
+        kind = kind_of(model_settings)
+        engine_class = OpenAIEmbeddingEngine if kind == "embedding" else OpenAIEngine
+        engine = engine_class(engine_settings, model, context_length=model_settings.context_length)
         if await _is_up(engine, runtime):
             await serve_engine(
                 runtime,
@@ -79,6 +85,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
                 model,
                 endpoint=str(name),
                 model_name=model_name,
+                model_type=kind,
                 migration_limit=model_settings.model_migration_limit,
                 tool_call_parser=model_settings.tool_call_parser,
                 reasoning_parser=model_settings.reasoning_parser,

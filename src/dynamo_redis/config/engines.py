@@ -54,6 +54,18 @@ class ModelSettings(SettingsGroup):
         "Most tokens of a prompt and its answer. Unset: the engine's value, else that of the model's files.",
         unit="tokens",
     )
+    model_type: Literal["auto", "embedding"] = setting(
+        "DYN_MODEL_TYPE",
+        "auto",
+        "What the model is for: embedding (`/v1/embeddings` alone), or auto (text completions, and chats if "
+        "it has a chat template).",
+    )
+    matryoshka: Literal["auto", "true", "false"] = setting(
+        "DYN_MATRYOSHKA",
+        "auto",
+        "Whether the model's embeddings can be shortened (`dimensions`). auto: as is_matryoshka and "
+        "matryoshka_dimensions in config.json say; without them the engine decides.",
+    )
     model_migration_limit: Annotated[int, Field(ge=0)] = setting(
         "DYN_MODEL_MIGRATION_LIMIT",
         0,
@@ -112,6 +124,12 @@ class MockEngineSettings(SettingsGroup):
     )
     decode_sequence_s: Duration = setting(
         "DYN_MOCK_DECODE_SEQUENCE_S", 0.00003, "Additional time of a step for each answer in it.", unit="s"
+    )
+    embedding_dimensions: Annotated[int, Field(ge=1, le=65536)] = setting(
+        "DYN_MOCK_EMBEDDING_DIMENSIONS",
+        384,
+        "Length of the vectors with --model-type embedding.",
+        unit="numbers",
     )
     serve_cache: bool = setting(
         "DYN_MOCK_SERVE_CACHE",

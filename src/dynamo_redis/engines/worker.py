@@ -35,6 +35,11 @@ CAPACITY_S = 1.0
 """Seconds between two comparisons of an engine's capacity with its card."""
 
 
+def kind_of(settings: ModelSettings) -> ModelKind | None:
+    """Return the kind of requests of the settings; None: all that the model's files allow."""
+    return None if settings.model_type == "auto" else settings.model_type
+
+
 def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
     """Return the model of the settings and its name in requests; the demo model if they have no path.
 
@@ -44,7 +49,9 @@ def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
     path = settings.model_path or DEMO_MODEL_PATH
     default_name = DEMO_MODEL_NAME if settings.model_path is None else path.resolve().name
     model = read_model_directory(path, context_length=settings.context_length)
-    if model.chat_templates:
+    if settings.matryoshka != "auto":
+        model = replace(model, matryoshka=settings.matryoshka == "true")
+    if model.chat_templates and settings.model_type != "embedding":
         from dynamo_redis.models.chat_template import ChatTemplate  # needs the extra `http`
 
         try:

@@ -154,7 +154,7 @@ class AnswerDecoder:
             if reason is not None:
                 text += self._stops.finish()
         if reason is not None:
-            self.finish_reason = _openai_reason(reason)
+            self.finish_reason = openai_reason(reason)
         return text
 
     def _take_logprobs(
@@ -253,7 +253,7 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
-def _openai_reason(reason: Any) -> str:
+def openai_reason(reason: Any) -> str:
     """Return OpenAI's name of a finish reason. Unknown reasons are "stop"; errors are raised."""
     if reason in ("stop", "length", "content_filter"):
         return str(reason)

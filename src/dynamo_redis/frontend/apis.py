@@ -1,4 +1,4 @@
-"""The APIs that generate: the path, body, response and errors of each."""
+"""The APIs whose requests go to workers: the path, body, response and errors of each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dynamo_redis.frontend.anthropic_body import HIDES_THINKING, MessagesBody
+from dynamo_redis.frontend.embedding_body import INPUT_NAMES, EmbeddingBody
 from dynamo_redis.frontend.forms.base import ErrorForm, ResponseForm
 from dynamo_redis.frontend.forms.chat import ChatForm
 from dynamo_redis.frontend.forms.completions import OPENAI_ERRORS
+from dynamo_redis.frontend.forms.embeddings import EmbeddingsForm
 from dynamo_redis.frontend.forms.messages import ANTHROPIC_ERRORS, MessagesForm
 from dynamo_redis.frontend.forms.responses import ResponsesForm
 from dynamo_redis.frontend.forms.text import TextForm
 from dynamo_redis.frontend.http.bodies import Body
+from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.observation import Kind
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody
@@ -25,7 +28,7 @@ COUNT_PATH: Final = MESSAGES_PATH + "/count_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """An API that generates."""
+    """An API whose requests go to workers."""
 
     kind: Kind
     path: str
@@ -43,7 +46,13 @@ class Api:
     @property
     def renders(self) -> bool:
         """True if prompts are conversations, which a chat template renders."""
-        return self.kind != "text"
+        return self.kind not in ("text", "embeddings")
+
+    def can_serve(self, model: LoadedModel) -> bool:
+        """Return whether a model takes requests of this API."""
+        if self.kind == "embeddings":
+            return model.embeds
+        return model.template is not None if self.renders else model.completes_text
 
 
 def errors_of(path: str) -> ErrorForm:
@@ -70,5 +79,12 @@ APIS: Final = (
         ResponsesBody,
         lambda model, _, notes: ResponsesForm(model, notes),
         names=CHAT_NAMES,
+    ),
+    Api(
+        "embeddings",
+        "/v1/embeddings",
+        EmbeddingBody,
+        lambda model, *_: EmbeddingsForm(model),
+        names=INPUT_NAMES,
     ),
 )

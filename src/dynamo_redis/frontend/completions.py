@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
 
@@ -19,6 +19,8 @@ from dynamo_redis.frontend.admission import Admission, Place
 from dynamo_redis.frontend.answers import SLACK_TOKENS, AnswerDecoder, EchoingDecoder
 from dynamo_redis.frontend.apis import Api
 from dynamo_redis.frontend.choices import CompletionChoice
+from dynamo_redis.frontend.embedding_answer import EmbeddingDecoder
+from dynamo_redis.frontend.embedding_body import EmbeddingOptions
 from dynamo_redis.frontend.exchange import Exchange
 from dynamo_redis.frontend.forms.base import ResponseForm
 from dynamo_redis.frontend.forms.completions import CompletionForm
@@ -31,13 +33,12 @@ from dynamo_redis.frontend.http.responses import send_json
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord, error_type
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.frontend.model import Model
-from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import OBSERVATION, Observation
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.parameters import check_headers, unsupported
 from dynamo_redis.frontend.prompts import Preparation
-from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.models.llm_protocol import EmbeddingRequest, GenerateRequest
 from dynamo_redis.planes.context import Context, current_request
 from dynamo_redis.router.prompts import OVERRIDE
 
@@ -183,7 +184,7 @@ class Completions:
                 raise too_many_choices(body.choice_count, self._max_choices_count)
             if not self._routes_by_cache and body.options.routing().get(OVERRIDE):
                 raise unsupported("nvext.router_config_override", "this frontend does not route by KV caches")
-            model = self._models.get(body.options.model, self._can_serve)
+            model = self._models.get(body.options.model, self._api.can_serve)
             try:
                 model, requests = await self._prepare(model, body)
             except (ApiError, TemplateError) as exc:
@@ -196,13 +197,10 @@ class Completions:
         try:
             return model, await self._preparation.requests(model.loaded, body)
         except ApiError as exc:
-            longer = self._models.with_longer_context(model, self._can_serve)
+            longer = self._models.with_longer_context(model, self._api.can_serve)
             if exc.code != "context_length_exceeded" or longer is None or longer.loaded is None:
                 raise
             return longer, await self._preparation.requests(longer.loaded, body)
-
-    def _can_serve(self, model: LoadedModel) -> bool:
-        return model.template is not None if self._api.renders else model.completes_text
 
     def _make_exchange(
         self,
@@ -215,6 +213,16 @@ class Completions:
     ) -> Exchange:
         assert model.loaded is not None
         tokenizer = model.loaded.tokenizer
+
+        async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
+            return await self._models.generate(model, request, context, excluded)
+
+        if isinstance(body, EmbeddingOptions):
+            [request], [context] = requests, contexts
+            token_ids = cast("EmbeddingRequest", request)["token_ids"]
+            decoder = EmbeddingDecoder(tokenizer.detokenizer(), body, token_ids)
+            choice = CompletionChoice(0, request, decoder, context)
+            return Exchange(form, [choice], generate, record, self._overload_status)
         limit = self._migration_limit
         if limit is None:
             limit = self._models.migration_limit(model)
@@ -247,10 +255,6 @@ class Completions:
                 zip(requests, contexts, decoders, strict=True)
             )
         ]
-
-        async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
-            return await self._models.generate(model, request, context, excluded)
-
         return Exchange(form, choices, generate, record, self._overload_status)
 
 

@@ -36,6 +36,12 @@ class LoadedModel:
     parsing: Parsing = PLAIN
     modalities: frozenset[str] = frozenset()
     """The modalities beside text that its engines read in chats."""
+    embeds: bool = False
+    """True if the model makes embeddings, and nothing else."""
+    takes_text: bool = False
+    """True if its workers take the inputs of embeddings as they came."""
+    matryoshka: bool | None = None
+    """See `RuntimeConfig.matryoshka`."""
     read_tokenizer: Callable[[], bytes] | None = None
     """Reads the tokenizer's file again. Blocks. Raises ModelError."""
 
@@ -60,7 +66,7 @@ async def load_model(
     A process tries the chat templates. Raises StoreError, ModelCacheError and Overloaded for failures that
     may pass, and other ModelErrors for permanent ones.
     """
-    if card.model_input != "tokens":
+    if card.model_input != "tokens" and card.model_type != "embedding":
         raise ModelError(
             f"model {card.display_name!r} takes {card.model_input!r} as input; this frontend sends tokens"
         )
@@ -88,7 +94,8 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
     Blocks. Raises ModelError.
     """
     files = read_model_directory(directory, context_length=card.context_length)
-    wants_chat = card.model_type != "completions" and files.chat_templates
+    embeds = card.model_type == "embedding"
+    wants_chat = card.model_type in ("chat", "chat+completions") and files.chat_templates
     tokenizer = Tokenizer(files.read_tokenizer(), origin=f"tokenizer.json of {card.display_name!r}")
     template = None
     if wants_chat:
@@ -99,8 +106,11 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
         template=template,
         eos_token_ids=files.eos_token_ids,
         context_length=files.context_length,
-        completes_text=card.model_type != "chat",
-        parsing=Parsing.of(card, files.chat_templates),
+        completes_text=card.model_type in ("completions", "chat+completions"),
+        parsing=PLAIN if embeds else Parsing.of(card, files.chat_templates),
         modalities=frozenset(card.runtime_config.modalities or ()),
+        embeds=embeds,
+        takes_text=card.model_input == "text",
+        matryoshka=card.runtime_config.matryoshka,
         read_tokenizer=files.read_tokenizer,
     )

@@ -18,8 +18,8 @@ from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import tracing
 
-Kind = Literal["chat", "text", "messages", "responses"]
-"""The APIs that generate."""
+Kind = Literal["chat", "text", "messages", "responses", "embeddings"]
+"""The APIs whose requests go to workers."""
 
 OBSERVATION: Final = "dynamo_redis.observation"
 """The key of a request's `Observation` in its scope."""
@@ -31,6 +31,7 @@ _OPERATIONS: Final[dict[Kind, str]] = {
     "text": "text_completion",
     "messages": "chat",
     "responses": "chat",
+    "embeddings": "embeddings",
 }
 _PATH_CHARS: Final = 200
 _PLAIN: Final = re.compile(r"[\w./:@+~%-]+", re.ASCII)

@@ -281,7 +281,8 @@ def _check_text_only(number: int, message: Message) -> None:
             )
 
 
-def _prompt_tag(value: object) -> str | None:
+def prompt_tag(value: object) -> str | None:
+    """Choose the form of a prompt by its first value."""
     if isinstance(value, list):
         first = type(value[0]).__name__ if value else ""
         return {"str": "<texts>", "int": "<ids>", "list": "<id lists>"}.get(first)
@@ -295,7 +296,7 @@ Prompt = Annotated[
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<id lists>")],
     Discriminator(
-        _prompt_tag,
+        prompt_tag,
         custom_error_type="prompt_type",
         custom_error_message=(
             "Input should be a string, a list of strings, a list of token ids, or a list of lists of them"

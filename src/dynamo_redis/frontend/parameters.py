@@ -198,6 +198,34 @@ TEXT: Final = Parameters(
     harmless=_HARMLESS,
 )
 
+EMBEDDINGS: Final = Parameters(
+    refused={
+        "stream": Refusal("embeddings are sent whole", _OFF),
+        "messages": Refusal("send a text or token ids as 'input'"),
+        "prompt": Refusal("use 'input'"),
+        "encoding": Refusal("use 'encoding_format'"),
+        # vLLM's
+        "truncate_prompt_tokens": _REFUSED["truncate_prompt_tokens"],
+        "truncation_side": _REFUSED["truncation_side"],
+        "embed_dtype": Refusal("numbers are those of float32", ("float32",)),
+        "endianness": Refusal("base64 is little-endian", ("native", "little")),
+        "use_activation": Refusal("the model's own pooler decides", (True,)),
+        "normalize": Refusal("the model's own pooler decides", (True,)),
+        "priority": Refusal(neutral=(0,)),
+        "cache_salt": Refusal("embeddings share no blocks"),
+        "request_id": _REQUEST_ID,
+        "mm_processor_kwargs": _REFUSED["mm_processor_kwargs"],
+        "chat_template": Refusal("send a text or token ids as 'input'"),
+        "chat_template_kwargs": Refusal("send a text or token ids as 'input'", ({},)),
+        # SGLang's
+        "rid": _REQUEST_ID,
+        "lora_path": _LORA,
+        # Dynamo's
+        "nvext": Refusal(neutral=({},)),
+    },
+    harmless={name: _HARMLESS[name] for name in ("user", "metadata", "safety_identifier")},
+)
+
 REFUSED_HEADERS: Final = frozenset(
     (
         b"x-worker-instance-id",

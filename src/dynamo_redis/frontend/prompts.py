@@ -9,8 +9,10 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from typing import cast
 from weakref import WeakKeyDictionary
 
+from dynamo_redis.frontend.embedding_body import EmbeddingOptions, check_dimensions, embedding_input
 from dynamo_redis.frontend.http.bodies import Body, Prompt, Text
 from dynamo_redis.frontend.http.body_reader import BodyReader
 from dynamo_redis.frontend.http.errors import ApiError, context_length_exceeded, invalid
@@ -18,7 +20,12 @@ from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody
 from dynamo_redis.frontend.tokens import Tokenizer
-from dynamo_redis.models.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
+from dynamo_redis.models.llm_protocol import (
+    EmbeddingRequest,
+    GenerateRequest,
+    SamplingOptions,
+    StopConditions,
+)
 from dynamo_redis.templates.protocol import MaskedText
 
 LARGE_BYTES = 64 * 1024
@@ -33,6 +40,10 @@ _PROBE_SLACK_TOKENS = 64  # a cut text may end in several tokens in place of one
 MOST_CHARS = 64
 """If a text is longer than this for each token of the context, it is refused without being tokenized to its
 end; a conversation, without being rendered."""
+
+
+EMBEDS_ONLY = "makes embeddings only: use /v1/embeddings"
+"""The reason why a model of the type embedding does not serve another API."""
 
 
 class Preparation:
@@ -66,7 +77,10 @@ class Preparation:
         Raises ApiError for a request that the model cannot serve, TemplateError, and Overloaded.
         """
         options = body.options
+        _check_kind(model, options)
         tokenized = await self._tokenized(model, body)
+        if isinstance(options, EmbeddingOptions):
+            return [cast("GenerateRequest", _embedding_request(model, options, body, tokenized))]
         seeds = [options.seed]
         if (choice_count := options.n or 1) > 1:
             first = options.seed if options.seed is not None else secrets.randbits(31)
@@ -134,14 +148,43 @@ class Preparation:
         if isinstance(body.source, list):
             return body.source
         if model.template is None:
-            raise invalid(
-                f"The model `{model.name}` has no chat template: use /v1/completions.",
-                "model",
-                "unsupported_model",
-            )
+            if model.embeds:
+                raise _wrong_kind(model, EMBEDS_ONLY)
+            raise _wrong_kind(model, "has no chat template: use /v1/completions")
         if len(body.source) > MOST_CHARS * model.context_length:
             raise _too_long(body.options, model.context_length + 1, None, model.context_length, at_least=True)
         return [await model.template.render(body.source)]
+
+
+def _check_kind(model: LoadedModel, options: CompletionOptions) -> None:
+    """Raise ApiError if the model makes embeddings and the request asks for an answer, or the reverse."""
+    if model.embeds and not isinstance(options, EmbeddingOptions):
+        raise _wrong_kind(model, EMBEDS_ONLY)
+    if isinstance(options, EmbeddingOptions):
+        if not model.embeds:
+            path = "/v1/completions" if model.template is None else "/v1/chat/completions"
+            raise _wrong_kind(model, f"makes no embeddings: use {path}")
+        check_dimensions(options, model.name, matryoshka=model.matryoshka)
+
+
+def _wrong_kind(model: LoadedModel, reason: str) -> ApiError:
+    return invalid(f"The model `{model.name}` {reason}.", "model", "unsupported_model")
+
+
+def _embedding_request(
+    model: LoadedModel, options: EmbeddingOptions, body: Body, tokenized: list[list[int]]
+) -> EmbeddingRequest:
+    """Return the request for the embeddings of all inputs. Raises ApiError for an input over the context."""
+    longest = max(map(len, tokenized))
+    if longest > model.context_length:
+        raise _too_long(options, longest, None, model.context_length)
+    request = EmbeddingRequest(model=model.name, token_ids=tokenized, encoding_format=options.encoding_format)
+    if options.dimensions is not None:
+        request["dimensions"] = options.dimensions
+    if model.takes_text:
+        assert isinstance(body.source, list)
+        request["input"] = embedding_input(body.source)
+    return request
 
 
 def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -154,12 +197,8 @@ def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prom
             raise invalid("The chat template makes an empty prompt of the messages.", "messages")
         return [token_ids]
     assert isinstance(body, TextBody)
-    if not model.completes_text:
-        raise invalid(
-            f"The model `{model.name}` takes conversations only: use /v1/chat/completions.",
-            "model",
-            "unsupported_model",
-        )
+    if not model.completes_text and not model.embeds:
+        raise _wrong_kind(model, "takes conversations only: use /v1/chat/completions")
     tokenized = []
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, (list, array)):

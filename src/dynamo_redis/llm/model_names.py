@@ -8,7 +8,8 @@ from typing import Any
 
 
 class ModelInput(Enum):
-    """The form of a request at the worker. `register_model` accepts `Tokens`."""
+    """The form of a request at the worker. `register_model` accepts `Tokens`, and `Text`
+    for embeddings."""
 
     Text = "text"
     Tokens = "tokens"
@@ -18,7 +19,7 @@ class ModelInput(Enum):
 class ModelType(Flag):
     """Kinds of request that a model serves, joined by `|`.
 
-    `register_model` accepts `Chat` and `Completions`.
+    `register_model` accepts `Chat` and `Completions`, or `Embedding` alone.
     """
 
     Empty = 0

@@ -66,8 +66,9 @@ def register_model(
     endpoint; ModelError if a file is missing or broken; StoreError if the upload fails.
 
     Args:
-        model_input: `ModelInput.Tokens`.
-        model_type: Chat, Completions or both. Chat applies only to a model with a chat template.
+        model_input: `ModelInput.Tokens`; for embeddings also `ModelInput.Text`.
+        model_type: Chat, Completions or both, or Embedding alone. Chat applies only to a model with a chat
+            template.
         endpoint: the endpoint that serves the model.
         model_path: the model's directory.
         model_name: the name in requests; None: the name of the directory.
@@ -92,11 +93,13 @@ def register_model(
         "model_aliases": model_aliases or None,
         "skip_model_assets": skip_model_assets or None,
     }
-    if model_input is not ModelInput.Tokens:
+    embeds = model_type is ModelType.Embedding
+    if model_input is not ModelInput.Tokens and not (embeds and model_input is ModelInput.Text):
         raise ConfigError(f"model_input={model_input}: frontends send tokens; use ModelInput.Tokens")
-    if not model_type or model_type not in ModelType.Chat | ModelType.Completions:
+    if not embeds and (not model_type or model_type not in ModelType.Chat | ModelType.Completions):
         raise ConfigError(
-            f"model_type={model_type}: use ModelType.Chat | ModelType.Completions, or one of them"
+            f"model_type={model_type}: use ModelType.Chat | ModelType.Completions, or one of them, or "
+            "ModelType.Embedding"
         )
     if worker_type is not WorkerType.Aggregated:
         raise ConfigError(f"worker_type={worker_type}: a worker here handles all of a request (aggregated)")
@@ -113,6 +116,8 @@ def register_model(
             template=None if custom_template_path is None else Path(custom_template_path),
             completes=ModelType.Completions in model_type,
             chats=model_type.supports_chat(),
+            embeds=embeds,
+            takes_text=model_input is ModelInput.Text,
             block_size=_DEFAULT_BLOCK_SIZE if kv_cache_block_size is None else kv_cache_block_size,
         )
     )
@@ -152,14 +157,18 @@ async def _register(
     template: Path | None,
     completes: bool,
     chats: bool,
+    embeds: bool,
+    takes_text: bool,
     block_size: int,
 ) -> None:
     """Read the model's files, make the card and publish both, as `register_model` describes."""
     runtime, name = place_of(endpoint)
     if without_effect := config.without_effect():
         log.warning("ModelRuntimeConfig: %s: not known here, no effect", ", ".join(without_effect))
-    model = await asyncio.to_thread(read_model, path, template, config.context_length)
-    model_type = model_kind(model, path, chats=chats, completes=completes)
+    model = await asyncio.to_thread(read_model, path, template, config.context_length, renders=not embeds)
+    model_type: ModelKind = "embedding"
+    if not embeds:
+        model_type = model_kind(model, path, chats=chats, completes=completes)
     if config.data_parallel_start_rank:
         raise ConfigError(
             f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
@@ -170,6 +179,7 @@ async def _register(
             model,
             model_name=model_name or path.name,
             model_type=model_type,
+            model_input="text" if takes_text else "tokens",
             kv_cache_block_size=block_size,
             runtime_config=RuntimeConfig(
                 total_kv_blocks=config.total_kv_blocks,
@@ -213,12 +223,15 @@ def model_kind(model: ModelDirectory, path: Path, *, chats: bool, completes: boo
     return "chat+completions" if completes else "chat"
 
 
-def read_model(path: Path, template: Path | None, context_length: int | None) -> ModelDirectory:
-    """Read the files, and try the templates as a frontend will do. Blocks. Raises ModelError."""
+def read_model(
+    path: Path, template: Path | None, context_length: int | None, *, renders: bool = True
+) -> ModelDirectory:
+    """Read the files, and if the model `renders` try the templates as a frontend will do. Blocks. Raises
+    ModelError."""
     if not path.exists():
         raise ModelError(f"there is no {path}: name a directory on this machine, nothing is downloaded")
     model = read_model_directory(path, context_length=context_length, chat_template=template)
-    if model.chat_templates and find_spec("jinja2"):  # without jinja2 only the frontend can tell
+    if renders and model.chat_templates and find_spec("jinja2"):  # without jinja2 only the frontend can tell
         from dynamo_redis.models.chat_template import ChatTemplate
 
         ChatTemplate(model.chat_templates, model.tokenizer_config).check()

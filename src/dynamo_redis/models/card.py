@@ -41,7 +41,7 @@ ADDITIONAL_TEMPLATE = re.compile(rf"{ADDITIONAL_TEMPLATES}/([A-Za-z0-9_][A-Za-z0
 
 MAX_ADDITIONAL_TEMPLATES = 32
 
-ModelKind = Literal["chat", "completions", "chat+completions"]
+ModelKind = Literal["chat", "completions", "chat+completions", "embedding"]
 """The kinds of request that a model serves."""
 
 MAX_RANKS = 4096
@@ -75,6 +75,8 @@ class RuntimeConfig(StoredModel):
     """The parser of the reasoning in its answers; None: by the chat template."""
     modalities: list[str] | None = None
     """The modalities beside text that its engine reads in a chat: `image`, `audio`, `video`."""
+    matryoshka: bool | None = None
+    """Whether embeddings can be shortened by `dimensions`; None: the engine decides."""
 
 
 class ModelCard(VersionedModel):
@@ -104,6 +106,8 @@ class ModelCard(VersionedModel):
             content += parsers
         if self.runtime_config.modalities:
             content.append({"modalities": sorted(self.runtime_config.modalities)})
+        if self.runtime_config.matryoshka is not None:
+            content.append({"matryoshka": self.runtime_config.matryoshka})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def checked_files(self) -> dict[str, FileReference]:

@@ -72,6 +72,18 @@ def declared_eos_token_ids(path: Path, parsed: Mapping[str, dict[str, Any]]) -> 
     return (found,) if isinstance(found, int) else ()
 
 
+def declared_matryoshka(parsed: Mapping[str, dict[str, Any]]) -> bool | None:
+    """Return whether config.json says that embeddings can be shortened; None if it says nothing.
+
+    Source: vLLM's page on pooling models.
+    """
+    config = parsed.get("config.json", {})
+    if config.get("matryoshka_dimensions"):
+        return True
+    declared = config.get("is_matryoshka")
+    return declared if isinstance(declared, bool) else None
+
+
 def find_chat_templates(
     path: Path, parsed: Mapping[str, dict[str, Any]], contents: Mapping[str, bytes]
 ) -> dict[str, str]:

@@ -26,6 +26,7 @@ from dynamo_redis.models.card import (
 from dynamo_redis.models.declared import (
     declared_context_length,
     declared_eos_token_ids,
+    declared_matryoshka,
     find_chat_templates,
 )
 
@@ -65,6 +66,8 @@ class ModelDirectory:
     eos_token_ids: tuple[int, ...]
     chat_templates: Mapping[str, str]
     tokenizer_config: Mapping[str, Any]
+    matryoshka: bool | None = None
+    """Whether embeddings can be shortened; None if config.json does not say it."""
 
     @property
     def model_type(self) -> Literal["completions", "chat+completions"]:
@@ -120,6 +123,7 @@ def read_model_directory(
         eos_token_ids=declared_eos_token_ids(path, parsed),
         chat_templates=find_chat_templates(path, parsed, contents),
         tokenizer_config=parsed["tokenizer_config.json"],
+        matryoshka=declared_matryoshka(parsed),
     )
 
 

@@ -114,6 +114,35 @@ class GenerateRequest(TypedDict):
     media_digest: NotRequired[str]
 
 
+class EmbeddingRequest(TypedDict):
+    """A request to the `generate` endpoint of a worker that makes embeddings.
+
+    `token_ids` has the tokens of each input. `dimensions` is the length of the vectors, if the client wants
+    another than the model's own. `encoding_format`, `float` or `base64`, is the client's: a worker may send
+    vectors in either form. `input` has the inputs as they came, texts or token ids, for workers that take
+    text (`model_input` `text`).
+    """
+
+    model: str
+    token_ids: list[list[int]]
+    encoding_format: Literal["float", "base64"]
+    dimensions: NotRequired[int]
+    input: NotRequired[list[str | list[int]]]
+
+
+class EmbeddingItem(TypedDict, total=False):
+    """One item of the answer to an `EmbeddingRequest`: the vectors of the next inputs, in order.
+
+    A vector is a list of numbers, or base64 of its numbers as little-endian float32. One item may have all
+    vectors. The counts are those of its own inputs. Workers may also send OpenAI's form: `data`, a list of
+    objects with `embedding` and `index`, and `usage`.
+    """
+
+    embeddings: list[list[float] | str]
+    prompt_tokens: int
+    total_tokens: int
+
+
 class CompletionUsage(TypedDict, total=False):
     """Token counts by the engine."""
 

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import random
-from typing import Protocol
+from typing import Literal, Protocol
 
 import anyio.to_thread
 
@@ -52,6 +52,7 @@ def make_card(
     kv_cache_block_size: int,
     runtime_config: RuntimeConfig | None = None,
     model_type: ModelKind | None = None,
+    model_input: Literal["tokens", "text"] = "tokens",
     migration_limit: int = 0,
 ) -> ModelCard:
     """Return the card of a model as a worker serves it.
@@ -59,14 +60,18 @@ def make_card(
     It has the URLs under which `upload_model_files` stores the files. `model_type` None stands for all kinds
     of request that the files allow.
     """
+    config = runtime_config or RuntimeConfig()
+    if model_type == "embedding":
+        config = config.model_copy(update={"matryoshka": model.matryoshka})
     return ModelCard(
         display_name=model_name,
         slug=slug(model_name),
         model_type=model_type or model.model_type,
+        model_input=model_input,
         context_length=model.context_length,
         kv_cache_block_size=kv_cache_block_size,
         migration_limit=migration_limit,
-        runtime_config=runtime_config or RuntimeConfig(),
+        runtime_config=config,
         files={
             file.name: FileReference(
                 url=f"redis-object://{MODEL_BUCKET}/{slug(model_name)}/{file.sha256[:16]}/{file.name}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain as chain_tokens
 from typing import Any
 
 from dynamo_redis.errors import InvalidRequest
@@ -22,12 +23,18 @@ _WEIGHTS = {
 
 
 def token_ids_of(request: Any) -> Sequence[int]:
-    """Return the prompt of a generate request. Raises InvalidRequest."""
+    """Return the prompt of a generate request; of one for embeddings, its inputs one after another. Raises
+    InvalidRequest."""
     token_ids = request.get("token_ids") if isinstance(request, dict) else None
     if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
         raise InvalidRequest(
             "a request that is routed by its prompt must have `token_ids`, a list of integers"
         )
+    if token_ids and isinstance(token_ids[0], list):
+        try:
+            return list(chain_tokens.from_iterable(token_ids))
+        except TypeError as exc:
+            raise InvalidRequest("`token_ids` is neither a prompt nor a list of inputs") from exc
     return token_ids
 
 

@@ -18,6 +18,7 @@ from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.models.vectors import pack
 from dynamo_redis.planes.context import Context
 from tests.integration.engines.kv_event_server import ALL_CLEARED, KvEventServer, block_removed, block_stored
 
@@ -104,6 +105,7 @@ class TestEngine:
                 web.get("/metrics", self._metrics),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/embeddings", self._embeddings),
                 web.post("/reset_prefix_cache", self._reset),
             ]
         )
@@ -202,6 +204,29 @@ class TestEngine:
         await _send_event(response, json.dumps({"choices": [], "usage": self.counted}))
         await _send_event(response, "[DONE]")
         return response
+
+    async def _embeddings(self, http: web.Request) -> web.Response:
+        """Answer each input with a vector of its number of tokens, 0 and 1, in the reverse order."""
+        body = await http.json()
+        self.requests.append(body)
+        if self.refuse_with:
+            status, message = self.refuse_with
+            return web.json_response({"error": {"message": message}}, status=status)
+        if body["model"] != self.name:
+            return web.json_response({"error": {"message": f"no model {body['model']}"}}, status=404)
+        if not self._takes_ids and not isinstance(body["input"][0], str):
+            return web.json_response({"error": {"message": "input must be strings"}}, status=400)
+        if self.break_off_after is not None:
+            assert http.transport is not None
+            http.transport.abort()
+        vectors = [[float(len(one)), 0.0, 1.0][: body.get("dimensions")] for one in body["input"]]
+        is_packed = body.get("encoding_format") == "base64"
+        data = [
+            {"object": "embedding", "index": index, "embedding": pack(vector) if is_packed else vector}
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": 7, "total_tokens": 7}
+        return web.json_response({"object": "list", "data": data[::-1], "model": self.name, "usage": usage})
 
     async def _answer(
         self, request: GenerateRequest, http: web.Request, response: web.StreamResponse

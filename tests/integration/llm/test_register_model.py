@@ -23,6 +23,7 @@ from dynamo_redis.llm import (
     unregister_model,
 )
 from dynamo_redis.models.card import ModelCard
+from dynamo_redis.models.vectors import pack
 from dynamo_redis.runtime import DistributedRuntime
 from tests.routed_deployment import WORKERS, Deployment, deployment, until_served
 
@@ -120,6 +121,34 @@ async def test_chat_model_takes_no_text(deployment: Deployment, tmp_path: Path) 
     await serving
 
 
+@pytest.mark.parametrize("model_input", [ModelInput.Tokens, ModelInput.Text])
+async def test_embedding_worker_is_served(deployment: Deployment, model_input: ModelInput) -> None:
+    """The handler answers in the two forms that Dynamo's own workers have."""
+    requests: list[dict[str, Any]] = []
+
+    async def embed(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        requests.append(request)
+        if model_input is ModelInput.Tokens:
+            yield {"embeddings": [[1.0, 0.5]], "prompt_tokens": 3, "total_tokens": 3}
+            return
+        entry = {"object": "embedding", "embedding": pack([1.0, 0.5]), "index": 0}
+        yield {"object": "list", "data": [entry], "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+
+    runtime = await deployment.open_runtime()
+    endpoint = runtime.endpoint(str(WORKERS))
+    await register_model(model_input, ModelType.Embedding, endpoint, DEMO_MODEL_PATH, "own")
+    serving = endpoint.serve_endpoint(embed)
+    frontend = await deployment.frontend(mode="round_robin")
+    await until_served(frontend)
+    answer = await frontend.post("/v1/embeddings", json={"model": "own", "input": "Hello"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"] == [{"object": "embedding", "index": 0, "embedding": [1.0, 0.5]}]
+    assert answer.json()["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    assert requests[0].get("input") == (["Hello"] if model_input is ModelInput.Text else None)
+    runtime.shutdown()
+    await serving
+
+
 async def test_completions_model_takes_no_chats(deployment: Deployment) -> None:
     runtime = await deployment.open_runtime()
     endpoint = runtime.endpoint(str(WORKERS))
@@ -133,6 +162,11 @@ async def test_completions_model_takes_no_chats(deployment: Deployment) -> None:
     ("changes", "error", "message"),
     [
         ({"model_input": ModelInput.Text}, ConfigError, "frontends send tokens"),
+        (
+            {"model_input": ModelInput.Tensor, "model_type": ModelType.Embedding},
+            ConfigError,
+            "frontends send tokens",
+        ),
         ({"model_type": ModelType.Embedding | ModelType.Chat}, ConfigError, "ModelType.Completions"),
         ({"model_type": ModelType.Empty}, ConfigError, "ModelType.Completions"),
         ({"worker_type": WorkerType.Prefill}, ConfigError, "worker_type=prefill"),

@@ -16,11 +16,13 @@ from anthropic.types.beta.message_create_params import (
 from anthropic.types.message_create_params import MessageCreateParamsBase
 from openai.types.chat import completion_create_params as openai_chat
 from openai.types.completion_create_params import CompletionCreateParamsBase
+from openai.types.embedding_create_params import EmbeddingCreateParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from typing_extensions import get_type_hints
 
 from dynamo_redis.frontend import guided, parameters
 from dynamo_redis.frontend.anthropic_body import CountBody, MessagesBody
+from dynamo_redis.frontend.embedding_body import EmbeddingBody
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions, Extensions, StreamOptions
@@ -126,6 +128,7 @@ def test_every_parameter_of_openai_is_known(kind: Any, parameters_of_openai: Any
         (CountBody, MessageCountTokensParams),
         (MessagesBody, BetaMessageCreateParamsBase),
         (ResponsesBody, ResponseCreateParamsBase),
+        (EmbeddingBody, EmbeddingCreateParams),
     ],
 )
 def test_parameters_of_other_apis_are_known(kind: Any, parameters_of_client: Any) -> None:
@@ -134,7 +137,10 @@ def test_parameters_of_other_apis_are_known(kind: Any, parameters_of_client: Any
     assert set(get_type_hints(parameters_of_client)) - known - headers == set()
 
 
-@pytest.mark.parametrize(("kind", "heading"), [(MessagesBody, "Messages"), (ResponsesBody, "Responses")])
+@pytest.mark.parametrize(
+    ("kind", "heading"),
+    [(MessagesBody, "Messages"), (ResponsesBody, "Responses"), (EmbeddingBody, "Embeddings")],
+)
 def test_page_lists_parameters_of_other_apis(kind: Any, heading: str) -> None:
     known = {*kind.model_fields, *kind.further_parameters.refused, *kind.further_parameters.harmless}
     assert known <= listed(heading)

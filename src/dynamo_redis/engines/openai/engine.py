@@ -273,17 +273,20 @@ class OpenAIEngine:
         except UnknownModel:
             if begun:  # the caller has items already
                 raise
-            try:
-                renamed = self._server.listed.name != name or (
-                    await self._server.identify() and self._server.listed.name != name
-                )
-            except ConfigError:
-                renamed = False
-            if not renamed:
+            if not await self._is_renamed(name):
                 raise
         async with aclosing(self._complete(request, prompt, context)) as items:
             async for item in items:
                 yield item
+
+    async def _is_renamed(self, name: str) -> bool:
+        """Return whether the server's name for the model, which was `name`, has changed."""
+        try:
+            return self._server.listed.name != name or (
+                await self._server.identify() and self._server.listed.name != name
+            )
+        except ConfigError:
+            return False
 
     async def _complete(
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context

@@ -114,6 +114,10 @@ class EngineHttp:
         path = "completions" if chat is None else "chat/completions"
         return Completion(self._opened(), f"{self._root}/v1/{path}", body, headers, chat or {})
 
+    def embed(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
+        """Start a request for embeddings."""
+        return Completion(self._opened(), f"{self._root}/v1/embeddings", body, headers, {})
+
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
         if self._session is not None:

@@ -12,6 +12,7 @@ from struct import Struct
 from typing import Any, Final, TypeAlias
 
 from dynamo_redis.frontend.anthropic_body import CountBody, MessagesBody
+from dynamo_redis.frontend.embedding_body import EmbeddingBody, EmbeddingOptions
 from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.media import Media, media_of, with_placeholders
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
@@ -25,7 +26,16 @@ MOST_OPTIONS_BYTES: Final = 256 << 10
 """Most bytes of all fields except those of the prompt, for a body that was parsed by the process."""
 
 _KINDS: Final[dict[bytes, type[RequestBody]]] = {
-    kind.tag: kind for kind in (ChatBody, TextBody, MessagesBody, CountBody, ResponsesBody, TokenizeBody)
+    kind.tag: kind
+    for kind in (
+        ChatBody,
+        TextBody,
+        MessagesBody,
+        CountBody,
+        ResponsesBody,
+        TokenizeBody,
+        EmbeddingBody,
+    )
 }
 
 _HEAD: Final = Struct("<I")
@@ -53,7 +63,9 @@ class Body:
 
     @property
     def choice_count(self) -> int:
-        """The number of answers that it asks for."""
+        """The number of answers that it asks for. All inputs of embeddings are one request to a worker."""
+        if isinstance(self.options, EmbeddingOptions):
+            return 1
         return (len(self.source) if isinstance(self.source, list) else 1) * (self.options.n or 1)
 
 
@@ -110,6 +122,7 @@ def pack(job: bytearray) -> bytes:
 _WITHOUT_SOURCE: Final[dict[type[CompletionOptions], dict[str, Any]]] = {
     ChatBody: {"messages": [], "tools": None, "documents": None, "chat_template_kwargs": None},
     TextBody: {"prompt": ""},
+    EmbeddingOptions: {"prompt": ""},
 }
 
 

@@ -73,6 +73,7 @@ ENDPOINTS: Final[dict[Kind, str]] = {
     "text": "completions",
     "messages": "anthropic_messages",
     "responses": "responses",
+    "embeddings": "embeddings",
 }
 
 

@@ -121,7 +121,7 @@ async def test_unknown_paths_and_methods(frontend: Any) -> None:
     for method, path, status in (
         ("GET", "/", 404),
         ("GET", "/v1/nothing", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/images/generations", 404),
         ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),
         ("POST", "/health", 405),
