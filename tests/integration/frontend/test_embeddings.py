@@ -25,6 +25,7 @@ from dynamo_redis.models.card import RuntimeConfig
 from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.planes.context import Context
 from tests.frontend_deployment import Deployment, until_healthy
+from tests.integration.frontend.http.test_openapi import body_validator, document_of, validator
 from tests.integration.frontend.test_agent_apis import samples
 
 PATH = "/v1/embeddings"
@@ -80,6 +81,28 @@ async def test_answer_is_strictly_openais(embedder: Any) -> None:
     assert not any(part.model_extra for part in (answer, answer.usage, *answer.data))
     assert list(response.json()) == ["object", "data", "model", "usage"]
     assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({"encoding_format": "base64", "dimensions": 3}, True),
+        ({"input": ["a", "b"], "user": "me", "stream": False}, True),
+        ({"input": [[1, 2], [3]]}, True),
+        ({"input": []}, False),
+        ({"input": ["a", ""]}, False),
+        ({"dimensions": 0}, False),
+        ({"odd": 1}, False),
+    ],
+)
+async def test_embeddings_are_as_described(embedder: Any, change: dict[str, Any], is_taken: bool) -> None:
+    document = await document_of(embedder.http)
+    response = await embedder.http.post(PATH, json=BODY | change)
+    assert (response.status_code == 200) is is_taken
+    assert body_validator(document, PATH).is_valid(BODY | change) is is_taken
+    described = document["paths"][PATH]["post"]["responses"][str(response.status_code)]["content"]
+    assert list(described) == ["application/json"]
+    validator(document, described["application/json"]["schema"]).validate(response.json())
 
 
 async def test_large_bodies_are_embedded(embedder: Any) -> None:

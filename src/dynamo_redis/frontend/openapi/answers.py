@@ -180,6 +180,30 @@ class ResponseAnswer(TypedDict):
 # --------------------------------------------------------------------------- tokens
 
 
+class EmbeddingUsage(TypedDict):
+    """The counts of tokens of a request for embeddings."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingEntry(TypedDict):
+    """The embedding of one input: numbers, or base64 of them as little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(TypedDict):
+    """The embeddings of all inputs, in their order."""
+
+    object: Literal["list"]
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingUsage
+
+
 class TokenCount(TypedDict):
     """The number of tokens of a conversation."""
 

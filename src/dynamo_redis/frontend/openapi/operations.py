@@ -75,16 +75,18 @@ _SUMMARIES: Final[Mapping[Kind, tuple[str, str, Any]]] = {
         "An answer in OpenAI's newer form, whole or streamed; nothing is stored",
         answers.ResponseAnswer,
     ),
+    "embeddings": ("embeddings", "The embeddings of texts", answers.EmbeddingList),
 }
 
 
-def _generates(api: Api) -> Operation:
+def _asks_workers(api: Api) -> Operation:
     name, summary, answer = _SUMMARIES[api.kind]
+    streamed: dict[str, Any] = {} if api.kind == "embeddings" else {EVENTS: None}
     return Operation(
         name,
         summary,
         "clients",
-        {200: {JSON: answer, EVENTS: None}},
+        {200: {JSON: answer, **streamed}},
         api.body,
         errors=_BODY_ERRORS | ERROR_STATUSES,
         takes_place=True,
@@ -108,7 +110,7 @@ def _shows(name: str, summary: str, tag: str, media: str, answer: Any = None, *e
 
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
-    **{("POST", api.path): _generates(api) for api in APIS},
+    **{("POST", api.path): _asks_workers(api) for api in APIS},
     ("POST", COUNT_PATH): _counts(
         "count_tokens", "The number of tokens of a conversation", answers.TokenCount, CountBody
     ),
