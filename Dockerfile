@@ -3,16 +3,19 @@
 #   docker build --tag dynamo-redis .
 #   docker run --rm dynamo-redis --help
 #
+# Further extras, such as kserve or planes: --build-arg EXTRAS=http,engines,otel,kserve
+#
 # It has no HEALTHCHECK of its own, since only some of its commands have a port to ask: compose/single.yml
-# shows the frontend's and the workers'.
+# shows the frontend's and the workers', and deploy/kubernetes the probes. It writes only below /tmp.
 FROM python:3.12.11-slim-bookworm AS build
+ARG EXTRAS=http,engines,otel
 
 RUN python -m venv /opt/dynamo-redis
 # What it depends on changes seldom, and stays a layer of its own: it is installed with an empty package.
 COPY pyproject.toml README.md LICENSE /source/
 RUN mkdir -p /source/src/dynamo_redis \
     && touch /source/src/dynamo_redis/__init__.py \
-    && /opt/dynamo-redis/bin/pip install --no-cache-dir '/source[http,engines,otel]'
+    && /opt/dynamo-redis/bin/pip install --no-cache-dir "/source[$EXTRAS]"
 COPY src /source/src
 RUN /opt/dynamo-redis/bin/pip install --no-cache-dir --no-deps --force-reinstall /source
 

@@ -26,5 +26,6 @@ def check_kv_events(config: dict[str, Any], *, host: str, events: str, replay: s
     assert config.keys() <= KV_EVENT_FIELDS
     assert config["enable_kv_cache_events"] is True
     assert config["publisher"] == "zmq"
+    assert "*" in config["endpoint"], "at an address without it vLLM connects, and does not listen"
     assert config["endpoint"].replace("*", host) == events
     assert config["replay_endpoint"].replace("*", host) == replay

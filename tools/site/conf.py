@@ -18,6 +18,7 @@ from sphinx.application import Sphinx
 CONTENTS: Final[Mapping[str, Sequence[str]]] = {
     "Operate": (
         "docs/operations",
+        "docs/kubernetes",
         "docs/settings",
         "docs/request-planes",
         "docs/health-and-metrics",

@@ -102,7 +102,7 @@ def test_images_have_exact_versions(compose: dict[str, Any], dockerfile: str) ->
 
 
 def test_dependencies_are_a_layer_before_sources(dockerfile: str) -> None:
-    assert dockerfile.index("[http,engines,otel]") < dockerfile.index("COPY src ")
+    assert dockerfile.index("/source[$EXTRAS]") < dockerfile.index("COPY src ")
 
 
 def test_processes_stop_gracefully_and_have_no_rights(compose: dict[str, Any], dockerfile: str) -> None:
