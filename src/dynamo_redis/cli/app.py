@@ -78,6 +78,12 @@ SECTIONS: dict[str, dict[str, LazyCommand]] = {
     "Locks": {
         "lock": LazyCommand("dynamo_redis.cli.lock:lock", "Run a command while it holds a lock."),
     },
+    "Redis": {
+        "doctor": LazyCommand(
+            "dynamo_redis.cli.doctor.command:doctor", "Check a Redis: its settings, rights, limits and speed."
+        ),
+        "acl": LazyCommand("dynamo_redis.cli.acl:acl", "Rules for users of Redis with the least rights."),
+    },
     "Settings": {
         "settings": LazyCommand(
             "dynamo_redis.cli.settings:settings", "Every setting: its value and the source of the value."

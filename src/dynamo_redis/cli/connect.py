@@ -45,7 +45,7 @@ async def open_registry(
     """
     from dynamo_redis.store.connect import open_read_only, open_store
 
-    _start_command(options, default_level)
+    start_command(options, default_level)
     settings = load(StoreSettings, options)
     registry, objects = open_read_only(settings) if read_only else open_store(settings)
     try:
@@ -110,7 +110,7 @@ async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedR
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
     from dynamo_redis.store.connect import open_read_only
 
-    _start_command(options)
+    start_command(options)
     plane = PlaneSettings.load(request_plane=options.get("request_plane"))
     settings = Settings(store=load(StoreSettings, options), plane=plane)
     registry, objects = open_read_only(settings.store)
@@ -118,7 +118,7 @@ async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedR
         yield runtime
 
 
-def _start_command(options: Mapping[str, Any], default_level: str = "warn") -> None:
+def start_command(options: Mapping[str, Any], default_level: str = "warn") -> None:
     """Configure the log, and print notices on the settings. The log level is at most a warning unless one is
     set: the output of a command is what matters.
     """
