@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -126,8 +127,27 @@ def start_command(options: Mapping[str, Any], default_level: str = "warn") -> No
 
     collection.resume()  # a watch may run for days
     level = load(RuntimeSettings, options).log
-    is_set = options.get("log") is not None or origins(RuntimeSettings)["log"] != "default"
-    configure_dynamo_logging(service_name="cli", level=level if is_set else default_level)
+    configure_dynamo_logging(service_name="cli", level=level if _has_level(options) else default_level)
+    _note_settings(options)
+
+
+def start_silent_command(options: Mapping[str, Any]) -> None:
+    """As `start_command`, for a short command that logs nothing unless a log level is set: without it, the
+    set-up of the log need not be loaded."""
+    if _has_level(options):
+        start_command(options)
+        return
+    logging.getLogger("dynamo_redis").setLevel(logging.CRITICAL)
+    _note_settings(options)
+
+
+def _has_level(options: Mapping[str, Any]) -> bool:
+    """Return whether a log level is set."""
+    return options.get("log") is not None or origins(RuntimeSettings)["log"] != "default"
+
+
+def _note_settings(options: Mapping[str, Any]) -> None:
+    """Print notices on variables that no setting has, and on the choice among several servers."""
     for sentence in unknown_settings().values():
         print_stderr(sentence)
     note_chosen_deployment(options)

@@ -45,8 +45,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_CONNECT: Final = Part(_words("ping info client|setname type"))
-"""What each process does with a new connection; TYPE names the key in an error message."""
+_CONNECT: Final = Part(_words("ping info client|setname"))
+"""What each process does with a new connection."""
 
 _SCRIPTS: Final = _words("eval evalsha time")
 
@@ -55,13 +55,14 @@ _REGISTRY: Final = Part(
         *_SCRIPTS,
         *_words(
             "exists hget hmget hset hdel hstrlen zadd zrem zscore zcard zcount zrangebylex zrangebyscore"
-            " set del unlink pexpire xadd xdel xlen xrange xrevrange xread psubscribe"
+            " set del unlink pexpire xadd xdel xlen xrange xrevrange xread psubscribe type"
         ),
     ),
     ("{@}:*",),
     ("LEASES",),
 )
-"""Records under a lease, a watch of all, and the reaping of leases that have ended."""
+"""Records under a lease, a watch of all, and the reaping of leases that have ended. TYPE names the key in an
+error message."""
 
 _PUT_OBJECT: Final = _words(
     "exists get set strlen hget hmget hgetall hset sismember smembers srem persist pexpire pttl zadd"
@@ -114,7 +115,7 @@ _ADMINISTER: Final = Part(
 
 _LOOK: Final = Part(
     _words(
-        "time hmget hgetall get exists zrangebylex zscore zrange zscan scan xrange xrevrange xread xlen"
+        "time type hmget hgetall get exists zrangebylex zscore zrange zscan scan xrange xrevrange xread xlen"
         " xinfo|groups xinfo|stream xpending"
     ),
     ("{@}:*", "{@/*"),
@@ -213,9 +214,9 @@ def channel_pattern(pattern: str, prefix: str) -> str:
 
 
 def examples(part: Part, prefix: str, name: str) -> Iterator[tuple[str, str]]:
-    """Return each command of a part with a key that it may be sent to, whose free part is `name`; "" where
-    the command has no key."""
-    keys = [pattern.replace("*", name).replace("@", prefix) for pattern in part.keys] or [""]
+    """Return each command of a part with keys that it may be sent to, whose free part is `name`; "" where the
+    command has no key. A pattern that is one key, and not a name's beginning, is left out."""
+    keys = [pattern.replace("*", name).replace("@", prefix) for pattern in part.keys if "*" in pattern]
     for command in part.commands:
-        for key in keys:
+        for key in keys or [""]:
             yield command, key

@@ -104,6 +104,7 @@ RARE: Final = {
 """Commands that a short run need not show, and when they are sent."""
 
 OF_ADMIN: Final = """
+objects put b/y {file}
 put a b
 get a
 del a
@@ -122,6 +123,7 @@ instances
 models
 get --prefix v1/
 objects ls
+objects get b/y {file}.own
 events ls
 events lag
 router-state
@@ -182,10 +184,10 @@ async def test_system_runs_under_its_roles(
     file.write_bytes(b"x" * (1 << 21))
     async with watched(server) as seen:
         await _serve(deployment, server, seen, admin)
-        seen.role = "viewer"
-        await _run(OF_VIEWER, url_of(server, "viewer"))
-        seen.role = "admin"
-        await _run(OF_ADMIN.format(file=file), url_of(server, "admin"))
+        commands: dict[Role, str] = {"admin": OF_ADMIN, "viewer": OF_VIEWER}
+        for role, lines in commands.items():
+            seen.role = role
+            await _run(lines.format(file=file), url_of(server, role))
         # Processes register again, and make their streams again.
         seen.role = None
         await admin.execute("FLUSHALL")
@@ -211,8 +213,8 @@ async def _serve(deployment: Deployment, server: EmbeddedServer, seen: Seen, adm
 
     workers = [await deployment.worker(of("worker")) for _ in range(2)]
     routing: dict[str, Any] = {"router_snapshot_threshold": 1, "router_replica_sync": True}
-    for _ in range(2):
-        router, runtime = await deployment.router(of("router"), **routing)
+    await deployment.router(of("router"), **routing)
+    router, runtime = await deployment.router(of("router"), **routing)
     await RouterService(router).serve(runtime)
     frontends = [await deployment.frontend(of("frontend"), **routing) for _ in range(2)]
     frontends.append(await deployment.frontend(of("frontend"), router_endpoint="dynamo.router.generate"))

