@@ -45,8 +45,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_CONNECT: Final = Part(_words("ping info client|setname"))
-"""What each process does with a new connection."""
+_CONNECT: Final = Part(_words("ping info role client|setname"))
+"""What each process does with a new connection; ROLE behind Sentinels."""
 
 _SCRIPTS: Final = _words("eval evalsha time")
 

@@ -83,6 +83,7 @@ REFUSED_TO: Final[dict[Role, str]] = {
 
 RARE: Final = {
     "client|setname": "a new connection; monitors of 6.2 do not see it",
+    "role": "Sentinels have named the server",
     "eval": "the server does not know a script yet",
     "del": "a process ends in order and revokes its lease",
     "type": "names a key of a wrong type in an error",

@@ -20,6 +20,7 @@ _NO_HASH: Final = "0" * 40
 HARMLESS: Final = {
     "ping": "PING",
     "info": "INFO server",
+    "role": "ROLE",
     "client|setname": "CLIENT SETNAME dynamo-redis-doctor",
     "type": "TYPE KEY",
     "eval": "EVAL return(0) 1 KEY",

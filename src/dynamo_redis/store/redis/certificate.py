@@ -7,10 +7,9 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
-import redis.asyncio.connection
-
+from dynamo_redis.store.redis.route import open_route
 from dynamo_redis.store.redis.server_errors import FAILURES, store_error
-from dynamo_redis.store.redis.url import address, make_connection, parse_url
+from dynamo_redis.store.redis.url import make_connection, parse_server_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +27,17 @@ class TlsSession:
 
 async def tls_session(url: str, timeout_s: float) -> TlsSession:
     """Connect as processes do, and return the session. Raises StoreError, ConfigError."""
-    options = parse_url(url, redis.asyncio.connection.parse_url)
+    parsed = parse_server_url(url)
+    route = open_route(parsed)
+    options = parsed.options()
     options |= {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2}
-    connection = make_connection(options)
+    connection: Any = None
     try:
         async with asyncio.timeout(timeout_s):
+            found = await route.find()
+            if found is not None:
+                options |= {"host": found[0], "port": found[1]}
+            connection = make_connection(options)
             await connection.connect()
         peer = connection._writer.get_extra_info("ssl_object")
         certificate: dict[str, Any] = peer.getpeercert() or {}
@@ -47,6 +52,8 @@ async def tls_session(url: str, timeout_s: float) -> TlsSession:
             has_own_certificate=options.get("ssl_certfile") is not None,
         )
     except FAILURES as exc:
-        raise store_error(exc, address(options), untested="tls") from exc
+        raise store_error(exc, route.address, untested="tls") from exc
     finally:
-        await connection.disconnect(nowait=True)
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+        route.release()
