@@ -154,9 +154,7 @@ async def _publish(
     stack.push_async_callback(events.aclose)
     engine.follow([events.rank(dp_rank) for dp_rank in range(capacity.data_parallel_size)])
     await events.start()
-    load = LoadPublisher(
-        runtime.events, runtime.registry, name.namespace, name.component, runtime.instance_id
-    )
+    load = LoadPublisher(runtime.events, name.namespace, name.component, runtime.instance_id)
     stack.push_async_callback(load.aclose)
     load.start()
     await stack.enter_async_context(

@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dynamo_redis.clock import SYSTEM_CLOCK
-from dynamo_redis.errors import InvalidRecord, StoreError
-from dynamo_redis.events.router_record import RouterRecord
-from dynamo_redis.names import kv_routers_prefix
-from dynamo_redis.runtime.following import follow, key_of
-from dynamo_redis.store.base import Put, Registry, WatchBatch
+from dynamo_redis.errors import StoreError
 from dynamo_redis.store.event_base import EventStreams, StreamName
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -28,17 +24,15 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
 """Shortest time between two messages of a value that changes, while its topic has listeners: Redis returns
-their number with each message, and routers that listen to `kv_metrics` have a record in the registry."""
+their number with each message."""
 
 UNHEARD_S: Final = 1.0
-"""The same while no listener is known: a program that is no router may have begun to listen."""
+"""The same while no listener is known. One may have begun to listen."""
 
 REPEAT_S: Final = 2.0
 """Time after which a value that has not changed is sent again, for new listeners."""
 
 _AFTER_FAILURE_S: Final = 1.0
-_LISTENS_WITH: Final = "active_decode_blocks_threshold"
-"""The setting of routers that makes them listen."""
 
 
 @dataclass(slots=True)
@@ -52,27 +46,21 @@ class _Value:
 
 
 class LoadPublisher:
-    """Publishes the load of one instance's ranks. It owns two tasks, from `start` to `aclose`: one sends, one
-    watches the routers' records.
+    """Publishes the load of one instance's ranks. It owns a task, from `start` to `aclose`.
 
     There is no queue: a value that has not been sent yet is replaced by the next one.
     """
 
-    def __init__(
-        self, streams: EventStreams, registry: Registry, namespace: str, component: str, instance_id: int
-    ) -> None:
+    def __init__(self, streams: EventStreams, namespace: str, component: str, instance_id: int) -> None:
         self._streams = streams
-        self._registry = registry
         self._namespace = namespace
         self._component = component
         self._instance_id = instance_id
         self._epoch = secrets.randbits(63)
         self._values: dict[tuple[str, int], _Value] = {}  # by topic and rank
         self._heard: set[str] = set()  # topics whose last message had a listener
-        self._routers: set[str] = set()  # records of routers that listen to KV_METRICS
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._supervisor = Supervisor(log, f"listeners to the load of {namespace}.{component}")
+        self._task: asyncio.Task[None] | None = None
 
     def set_value(self, topic: str, dp_rank: int, event: dict[str, Any]) -> None:
         """Set the rank's present value, to be sent soon. Returns at once."""
@@ -112,43 +100,21 @@ class LoadPublisher:
                 else:
                     await asyncio.sleep(INTERVAL_S)
 
-        if not self._tasks:
-            routers = kv_routers_prefix(self._namespace, self._component)
-            for task_name, work in (
-                ("load", Supervisor(log, f"load of {self._namespace}.{self._component}").run(publish_on)),
-                ("listeners", follow(self._registry, routers, self.note_routers, self._supervisor)),
-            ):
-                name = f"{task_name} of {self._namespace}.{self._component}"
-                self._tasks.append(asyncio.create_task(work, name=name))
+        if self._task is None:
+            name = f"load of {self._namespace}.{self._component}"
+            self._task = asyncio.create_task(Supervisor(log, name).run(publish_on), name=name)
 
     async def aclose(self) -> None:
         """Stop publishing. Idempotent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def note_routers(self, batch: WatchBatch) -> None:
-        """Note which routers listen. A router whose record cannot be read counts as one that does."""
-        for event in batch.events:
-            listens = False
-            if isinstance(event, Put):
-                try:
-                    router = RouterRecord.from_record(event.record)
-                    listens = router.settings.get(_LISTENS_WITH) is not None
-                except InvalidRecord as exc:
-                    self._supervisor.skip(event.record.key, exc)
-                    listens = True
-            if listens:
-                self._routers.add(key_of(event))
-            else:
-                self._routers.discard(key_of(event))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _publish(self) -> None:
         """Send the values that are due."""
         now = SYSTEM_CLOCK.monotonic()
         for (topic, dp_rank), value in tuple(self._values.items()):
-            has_listeners = topic in self._heard or (topic == KV_METRICS and bool(self._routers))
-            pause_s = REPEAT_S if not value.is_new else 0.0 if has_listeners else UNHEARD_S
+            pause_s = REPEAT_S if not value.is_new else 0.0 if topic in self._heard else UNHEARD_S
             if now - value.sent_at < pause_s:
                 continue
             value.is_new = False

@@ -210,9 +210,7 @@ class WorkerMetricsPublisher:
             key = ("load", name.namespace, name.component)
             load = runtime.attach(
                 key,
-                lambda: LoadPublisher(
-                    runtime.events, runtime.registry, name.namespace, name.component, runtime.instance_id
-                ),
+                lambda: LoadPublisher(runtime.events, name.namespace, name.component, runtime.instance_id),
             )
             self._load = load
             if runtime.settings.events.event_plane != "none":

@@ -8,7 +8,6 @@ from typing import Any, cast
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.load_reports import report_load
 from dynamo_redis.events.load_publisher import LoadPublisher
-from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.streams.memory import MemoryEventStreams
 from dynamo_redis.wire.topics import KV_METRICS
 
@@ -36,8 +35,7 @@ async def until_told(publisher: LoadPublisher, active_blocks: list[int | None]) 
 
 async def test_load_of_a_rank_is_forgotten_with_its_engine() -> None:
     engine = SayingEngine()
-    registry = MemoryRegistry(MemoryServer())
-    publisher = LoadPublisher(MemoryEventStreams(), registry, "dynamo", "backend", 7)
+    publisher = LoadPublisher(MemoryEventStreams(), "dynamo", "backend", 7)
     reporting = asyncio.create_task(report_load(cast("Any", engine), publisher))
     try:
         await until_told(publisher, [5, 0])

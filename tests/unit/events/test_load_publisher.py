@@ -10,10 +10,7 @@ import pytest
 
 from dynamo_redis.events import load_publisher
 from dynamo_redis.events.load_publisher import LoadPublisher
-from dynamo_redis.events.router_record import RouterRecord
-from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.event_base import StreamName
-from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.streams.memory import MemoryEventStreams
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.topics import KV_METRICS
@@ -41,7 +38,7 @@ def streams() -> Counting:
 async def publisher(streams: Counting, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LoadPublisher]:
     monkeypatch.setattr(load_publisher, "INTERVAL_S", 0.001)
     monkeypatch.setattr(load_publisher, "UNHEARD_S", 1000.0)
-    made = LoadPublisher(streams, MemoryRegistry(MemoryServer()), "dynamo", "backend", 7)
+    made = LoadPublisher(streams, "dynamo", "backend", 7)
     made.start()
     yield made
     await made.aclose()
@@ -67,21 +64,3 @@ async def test_each_change_of_load_reaches_a_listener(streams: Counting, publish
     for number in range(5):
         await tell(streams, publisher, number)
     await subscription.aclose()
-
-
-async def test_a_router_that_judges_by_load_is_a_listener(
-    streams: Counting, publisher: LoadPublisher
-) -> None:
-    settings = {"active_decode_blocks_threshold": 0.5}
-    router = RouterRecord(
-        namespace="dynamo", component="backend", router_id="r", instance_id=1, settings=settings
-    )
-    record = Record(router.key, router.to_bytes(), Revision("1-0"), Revision("1-0"), 1, None)
-    publisher.note_routers(WatchBatch((Put(record),), Revision("1-0")))
-    for number in range(3):
-        await tell(streams, publisher, number)
-    gone = Delete(router.key, Revision("2-0"), DeleteCause.DELETED)
-    publisher.note_routers(WatchBatch((gone,), Revision("2-0")))
-    publisher.set_value(KV_METRICS, 0, {"n": 4})
-    await asyncio.sleep(0.05)
-    assert streams.told == [0, 1, 2]

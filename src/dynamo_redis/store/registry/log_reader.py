@@ -4,6 +4,10 @@ It keeps a position. History was lost if an entry's predecessor is not that posi
 longer has the position (compared after each empty read and each reconnect), or if the incarnation is another.
 Then every view is read again, and every watch gets the difference. A broken connection alone loses no
 history: reading continues at the position.
+
+With n processes, each change goes to n readers. So where there are many processes, one that watches nothing
+*rests*: it polls the registry's position, reads no entries, and from time to time has its own keys compared
+with the registry. A watch ends that. Until the number of processes is known a reader rests, too.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from dynamo_redis.backoff import Backoff
@@ -34,6 +40,13 @@ RESYNC_S: Final = 0.0002
 RESYNC_RECORD_S: Final = 2e-6
 """Time that a server needs for one process's resync, and for each record of it."""
 CONNECTIONS_A_PROCESS: Final = 4
+ALL_FOLLOW_COUNT: Final = 64
+"""Number of processes up to which all of them follow the log; above twice as many, those without a watch
+rest."""
+COMPARE_S: Final = 10.0
+"""Shortest time between two comparisons of the own keys while the reader rests and the registry changes."""
+COMPARE_ANYWAY_S: Final = 30.0
+"""The same while the registry does not change: records can be damaged without a trace in the log."""
 
 
 def spread_s(process_count: int) -> float:
@@ -70,6 +83,17 @@ class LogReader:
         self._connection = kv.client.blocking()
         self._task: asyncio.Task[None] | None = None
         self._loads: set[asyncio.Task[None]] = set()
+        self._many_processes = True
+        self._rests = False
+        self._wanted = asyncio.Event()
+        """Set when a watch begins, or few processes are left."""
+        self._compared_at = time.monotonic()
+        self._compared: Position | None = None
+
+    @property
+    def rests(self) -> bool:
+        """True while the log is not read, since this process watches nothing and there are many."""
+        return self._rests
 
     @property
     def position(self) -> Position:
@@ -78,8 +102,13 @@ class LogReader:
         return self._position
 
     def note_process_count(self, count: int) -> None:
-        """Take over the number of processes, by which the load of a resync is spread."""
+        """Take over the number of processes. It spreads the load of a resync, and lets the reader rest."""
         self.process_count = count
+        if count > 2 * ALL_FOLLOW_COUNT:
+            self._many_processes = True
+        elif count <= ALL_FOLLOW_COUNT and self._many_processes:
+            self._many_processes = False
+            self._wanted.set()
 
     def start(self, position: Position) -> None:
         """Follow the log from `position` on."""
@@ -89,9 +118,16 @@ class LogReader:
             while True:
                 try:
                     await self._verify()
+                    if self._may_rest():
+                        backoff.reset()
+                        await self._rest()
+                        continue
+                    async with self._loading:
+                        await self._end_rest()
                     # Read once without blocking, which also shows whether the log can be read at all.
                     self._cursor = self.position.revision
-                    read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
+                    count = self._kv.log_page.count  # a smaller one would part the changes of a transaction
+                    read = pack("XREAD", "COUNT", count, "STREAMS", self._kv.keys.log, self._cursor)
                     reply = await self._connection.execute(read, block_s=0.0)
                     if not self._health.connected:
                         self._health.succeeded()
@@ -129,9 +165,9 @@ class LogReader:
     # ------------------------------------------------------------------ following
 
     async def _follow(self) -> None:
-        """Read entries until a read fails."""
+        """Read entries until a read fails, or the reader may rest."""
         page, block_ms, count, read_after = self._kv.log_page, round(BLOCK_S * 1000), 0, b""
-        while True:
+        while not self._may_rest():
             if count != page.count:
                 count = page.count
                 limits = ("COUNT", count, "BLOCK", block_ms)
@@ -143,6 +179,41 @@ class LogReader:
                 changes = self._advance(reply[0][1])
                 page.took(len(changes), size_bytes(changes))
                 await asyncio.sleep(0)  # the readers of these changes run before the next read
+
+    async def _rest(self) -> None:
+        """Poll the registry's position until the log is wanted. Raises StoreError."""
+        self._rests, self._compared = True, self._position
+        self._wanted.clear()
+        await self._connection.aclose()
+        while self._may_rest():
+            if not self._health.connected:
+                self._health.succeeded()
+                self._on_disturbance("the connection was lost")
+            self._compare_at_times()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BLOCK_S * random.uniform(0.75, 1.25)):  # noqa: S311 - jitter
+                    await self._wanted.wait()
+            await self._verify()
+
+    def _may_rest(self) -> bool:
+        """Return whether the log need not be read."""
+        return self._many_processes and not self.fanout.views
+
+    async def _end_rest(self) -> None:
+        """Go on at the registry's present position. To be called in `_loading`, before any view is loaded.
+        Raises StoreError."""
+        if self._rests:
+            self._position = await self._kv.initialize()
+            self._cursor = self._position.revision
+            self._rests = False
+            self._on_disturbance("the log was not followed")
+
+    def _compare_at_times(self) -> None:
+        """Have the own keys compared with the registry, if the last comparison is old enough."""
+        age_s = time.monotonic() - self._compared_at
+        if age_s >= COMPARE_ANYWAY_S or (age_s >= COMPARE_S and self._compared != self._position):
+            self._compared_at, self._compared = time.monotonic(), self._position
+            self._on_disturbance("the log is not followed")
 
     def _advance(self, entries: Sequence[Any]) -> Sequence[Change]:
         """Move the position past entries; return the changes in them."""
@@ -171,6 +242,8 @@ class LogReader:
             self._lost = reason
             await self._resync(reason)
             self._lost = None
+        elif self._rests:
+            self._position = now
 
     def _compare(self, now: Position) -> str | None:
         known = self.position
@@ -212,6 +285,7 @@ class LogReader:
     def watch(self, prefix: str, start_revision: Revision | None) -> QueueWatch:
         """Return a new watch; a task loads its first batch."""
         watch = self.fanout.watch(prefix, after=start_revision is not None)
+        self._wanted.set()
         if not watch.view.is_loaded or start_revision is not None:
             task = asyncio.create_task(self._load(watch, start_revision), name=f"watch of {prefix!r}")
             self._loads.add(task)
@@ -240,6 +314,7 @@ class LogReader:
         while not view.is_loaded:
             async with self._loading:
                 if not view.is_loaded:
+                    await self._end_rest()
                     view.begin_load()
                     snapshot, position = await self._kv.snapshot(view.prefix)
                     if position.incarnation != self.position.incarnation:
