@@ -9,7 +9,7 @@ RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.installed-for-docs
 
-.PHONY: up test check format proto docs bench flame replay soak faults fuzz clean help
+.PHONY: up test check format proto docs bench flame replay soak faults fuzz audit clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -80,6 +80,9 @@ fuzz: $(STAMP)   ## a minute of fuzzing the request planes (ARGS="--seconds 600 
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --group fuzz || \
 	    echo 'no atheris for this platform: the decoder is fuzzed without looking at coverage'
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+audit: $(STAMP)  ## known vulnerabilities of the packages that run, by pip-audit; says so without a network
+	@$(BIN)/python -m tools.audit $(ARGS)
 
 clean:           ## remove what the targets above made
 	rm -rf $(VENV) .bench .site .mypy_cache .ruff_cache .pytest_cache
