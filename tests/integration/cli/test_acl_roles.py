@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+from dynamo_redis.cli.doctor.need import CONNECTIONS
 from dynamo_redis.cli.roles import ROLES, Role, commands_of, rules
 from dynamo_redis.errors import StoreError
 from dynamo_redis.router.service import RouterService
@@ -230,7 +231,14 @@ async def _serve(deployment: Deployment, server: EmbeddedServer, seen: Seen, adm
     threshold = {"model": "demo", "active_decode_blocks_threshold": 0.9}
     assert (await frontends[0].post("/busy_threshold", json=threshold)).status_code == 200
     await until_stored(admin)
-    await seen.learn(admin)
+    counts = await seen.learn(admin)
+    for role, kind, process_count in (
+        ("worker", "workers", 2),
+        ("router", "routers", 2),
+        ("frontend", "frontends", 3),
+    ):
+        expected = CONNECTIONS[kind] * process_count
+        assert expected / 2 <= counts[role] <= 1.5 * expected, f"{kind}: `doctor` counts with {expected}"
     workers[0].process.runtime.registry._registrations._held = False  # type: ignore[attr-defined]
     await workers[0].process.end()
     deployment.processes.remove(workers[0].process)
@@ -297,12 +305,15 @@ class Seen:
             for called, word in _CALL.findall(_SOURCES.get(said[1], "")):
                 self.commands[self._last] |= {called.lower(), f"{called}|{word}".lower()}
 
-    async def learn(self, admin: RedisClient) -> None:
-        """Learn the users of the connections that are open now."""
+    async def learn(self, admin: RedisClient) -> Counter[Role]:
+        """Learn the users of the connections that are open now. Return how many each role has."""
+        counts: Counter[Role] = Counter()
         for line in (await admin.execute("CLIENT", "LIST")).decode().splitlines():
             about = dict(part.partition("=")[::2] for part in line.split())
             if about["user"] in ROLES:
                 self.users[about["addr"]] = about["user"]
+                counts[about["user"]] += 1
+        return counts
 
     def by_role(self) -> dict[Role, set[str]]:
         """Return the commands of each role."""

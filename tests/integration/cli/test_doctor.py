@@ -14,7 +14,10 @@ import anyio
 import pytest
 import redis
 
+from dynamo_redis.cli.doctor.checks import check_replication, check_sentinels
+from dynamo_redis.cli.doctor.examination import examine
 from dynamo_redis.cli.roles import ROLES, Form, Role, rules
+from dynamo_redis.store.sentinel_server import SentinelDeployment
 from dynamo_redis.store.server import EmbeddedServer
 from faults.servers import installed_servers
 from tests.certificates import Authority
@@ -89,12 +92,12 @@ def test_output_has_a_line_a_check_and_a_plot(start: Start, cli: Cli) -> None:
     names = [line.split()[1] for line in lines if line.startswith(("pass", "warn", "FAIL"))]
     assert names[0] == "connection"
     assert names[-1] == "latency"
-    assert len(names) == len(set(names)) == 18
+    assert len(names) == len(set(names)) == 19
     place = next(number for number, line in enumerate(lines) if "volatile-lru" in line)
     assert lines[place].startswith("warn  eviction")
     assert lines[place + 1].strip().startswith("→ CONFIG SET maxmemory-policy noeviction")
     assert "█" in done.out
-    assert lines[-1] == "17 passed, 1 warned"
+    assert lines[-1] == "18 passed, 1 warned"
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -241,3 +244,21 @@ def test_tls_is_described(start: Start, cli: Cli, tmp_path: Path) -> None:
     shown = found(cli("doctor", f"{url}?ssl_cert_reqs=none&ssl_check_hostname=false", "--json"))
     assert shown["tls"]["level"] == "warn"
     assert cli("doctor", url).code == 2, "its CA is not known"
+
+
+async def test_sentinels_of_the_url_are_asked(tmp_path: Path) -> None:
+    async def judged() -> tuple[str, str]:
+        seen = await examine(deployment.url, "doctor", timeout_s=5.0, need={})
+        assert check_replication(seen).data["replicas"] == 2
+        finding = check_sentinels(seen)
+        return finding.level, finding.text
+
+    async with SentinelDeployment(tmp_path / "servers") as deployment:
+        assert await judged() == ("pass", "3 of 3 answer, and can agree on a failover")
+        first, second, _ = deployment.sentinels
+        await first.kill()
+        assert await judged() == ("warn", f"2 of 3 answer, without 127.0.0.1:{first.port}")
+        await second.kill()
+        with anyio.fail_after(60):  # until the third one has noticed
+            while (await judged())[0] != "fail":
+                await anyio.sleep(0.05)

@@ -25,6 +25,7 @@ _NEARLY_FULL: Final = 0.75
 _SHORT_IDLE_S: Final = 30
 _SMALL_BUFFER_BYTES: Final = 32 << 20
 _EXPIRES_SOON_S: Final = 21 * 86_400
+_FEWEST_SENTINELS: Final = 2
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _PLOT_COLUMNS: Final = 24
 
@@ -90,6 +91,27 @@ def check_registry(seen: Examination) -> Finding:
         )
     live = "" if seen.lease_count is None else f", {seen.lease_count} live processes"
     return Finding("registry", "pass", f"{seen.prefix}, schema version {seen.schema}{live}", data=data)
+
+
+def check_sentinels(seen: Examination) -> Finding:
+    """Check that the sentinels of the URL answer, and can agree on a failover."""
+    views = seen.sentinels
+    if not views:
+        return Finding("sentinels", "pass", "none in the URL")
+    silent = [view.address for view in views if view.error]
+    doubts = [f"{view.address}: {view.doubt}" for view in views if view.doubt]
+    data = {"sentinels": [view.address for view in views], "silent": silent}
+    answering = f"{len(views) - len(silent)} of {len(views)} answer"
+    if doubts:
+        text = f"{answering}; no failover is possible ({doubts[0]})"
+        return Finding("sentinels", "fail", text, "start the other sentinels, or lower the quorum", data)
+    if silent:
+        text = f"{answering}, without {', '.join(silent)}"
+        return Finding("sentinels", "warn", text, "start them, or leave them out of DYN_REDIS_URL", data)
+    if len(views) < _FEWEST_SENTINELS:
+        text = f"{answering}: if it is cut off, no process finds a new primary"
+        return Finding("sentinels", "warn", text, "name all sentinels in DYN_REDIS_URL", data)
+    return Finding("sentinels", "pass", f"{answering}, and can agree on a failover", data=data)
 
 
 def check_cluster(seen: Examination) -> Finding:
@@ -454,6 +476,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_eviction,
     check_persistence,
     check_replication,
+    check_sentinels,
     check_cluster,
     check_connections,
     check_buffers,

@@ -22,6 +22,7 @@ from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.redis.blocking import Argument, BlockingConnection, pack
 from dynamo_redis.store.redis.certificate import TlsSession, tls_session
 from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.quorum import SentinelView, sentinel_views
 from dynamo_redis.store.scripts import Script
 
 SETTINGS: Final = (
@@ -97,6 +98,7 @@ class Examination:
     wakeup_s: float | None = None
     notifies: bool | None = None
     rights: dict[Role, list[str]] = field(default_factory=dict)
+    sentinels: list[SentinelView] = field(default_factory=list)
     tls: TlsSession | None = None
     tls_error: str = ""
     need: dict[str, int] = field(default_factory=dict)
@@ -128,6 +130,7 @@ async def examine(url: str, prefix: str, *, timeout_s: float, need: dict[str, in
     try:
         await _connect(connection)
         tls = asyncio.create_task(_see_tls(seen, timeout_s))
+        seen.sentinels = await sentinel_views(url, timeout_s)
         await _ask(connection, seen)
         await _measure(connection, seen)
         await _try_scripts(connection, seen, key)
