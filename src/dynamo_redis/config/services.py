@@ -108,7 +108,8 @@ class FrontendSettings(SettingsGroup):
     max_bodies_bytes: Size = setting(
         "DYN_HTTP_BODIES_LIMIT",
         ByteSize(180 << 20),
-        "Most bytes of all HTTP request bodies held at a time. The first 32 KiB of each do not count.",
+        "Most bytes of all HTTP request bodies held at a time: until they are token ids, and of chats with "
+        "images until they are answered. The first 32 KiB of each do not count.",
         unit="bytes",
     )
     max_choices_count: Annotated[int, Field(ge=1)] = setting(

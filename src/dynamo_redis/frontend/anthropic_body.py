@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from dynamo_redis.frontend.openai import Effort, chat_body
+from dynamo_redis.frontend.openai import Effort, MediaAddress, chat_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody, StopString, by_type
 from dynamo_redis.frontend.parameters import Parameters, Refusal, unsupported
 
@@ -42,14 +42,31 @@ class TextBlock(TypedDict):
     cache_control: NotRequired[Any]
 
 
-class ImageSource(TypedDict):
-    """An image, by its address or as base64."""
+class UrlSource(TypedDict):
+    """The address of an image."""
+
+    __pydantic_config__ = _CLOSED  # type: ignore[misc]
+    type: Literal["url"]
+    url: MediaAddress
+
+
+class Base64Source(TypedDict):
+    """The content of an image. Its check names all types: a URL has its own."""
 
     __pydantic_config__ = _CLOSED  # type: ignore[misc]
     type: Literal["base64", "url"]
-    media_type: NotRequired[str]
-    data: NotRequired[str]
-    url: NotRequired[str]
+    media_type: Annotated[str, Field(pattern=r"^[\w.+-]{1,64}/[\w.+-]{1,64}$")]
+    data: Annotated[str, Field(min_length=1)]
+
+
+def _source_tag(value: object) -> str:
+    return "<url>" if isinstance(value, dict) and value.get("type") == "url" else "<base64>"
+
+
+ImageSource = Annotated[
+    Annotated[UrlSource, Tag("<url>")] | Annotated[Base64Source, Tag("<base64>")],
+    Discriminator(_source_tag),
+]
 
 
 class ImageBlock(TypedDict):
@@ -336,6 +353,18 @@ class MessagesBody(RequestBody):
         body.fit_tokens()
         return body
 
+    def media_places(self) -> dict[str, str]:
+        """See `RequestBody`."""
+        for number, turn in enumerate(self.messages):
+            for index, block in enumerate(_blocks(turn)):
+                at = f"messages[{number}].content[{index}]"
+                if block["type"] == "image":
+                    return {"image": f"{at}.type"}
+                for inner_index, inner in enumerate(_blocks(block)):
+                    if inner["type"] == "image":
+                        return {"image": f"{at}.content[{inner_index}].type"}
+        return {}
+
     def notes(self) -> bytes:
         """See `RequestBody`. The form needs to know whether the text of the model's thinking is wanted."""
         return HIDES_THINKING if self.thinking and self.thinking.get("display") == "omitted" else b""
@@ -439,11 +468,15 @@ def _part(block: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "text", "text": block["text"]}
     if block["type"] == "image":
         source = block["source"]
-        url = source.get("url", "")
-        if source["type"] == "base64":
-            url = f"data:{source.get('media_type', '')};base64,{source.get('data', '')}"
+        url = source["url"] if "url" in source else f"data:{source['media_type']};base64,{source['data']}"
         return {"type": "image_url", "image_url": {"url": url}}
     raise unsupported("messages", f"a block of type {block['type']} is in a message of the other role")
+
+
+def _blocks(owner: Mapping[str, Any]) -> list[Any]:
+    """Return the blocks of a turn or of a tool's result; none of a text."""
+    content = owner.get("content")
+    return content if isinstance(content, list) else []
 
 
 def _function(tool: Tool) -> dict[str, Any]:

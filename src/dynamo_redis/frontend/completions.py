@@ -28,7 +28,7 @@ from dynamo_redis.frontend.forms.extra_fields import ExtraFields
 from dynamo_redis.frontend.http.bodies import Body
 from dynamo_redis.frontend.http.errors import ApiError, api_error, shutting_down, too_many_choices
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
-from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
+from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, HeldBody, read_limited
 from dynamo_redis.frontend.http.responses import send_json
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord, error_type
 from dynamo_redis.frontend.migration import Migration
@@ -83,14 +83,14 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. The server logs an exception that is raised."""
         try:
-            with self._admission.place() as place:
-                await self._serve(scope, receive, send, place)
+            with self._admission.place() as place, self._bodies.hold() as held:
+                await self._serve(scope, receive, send, place, held)
         except Exception as exc:
             with suppress(RuntimeError):  # the response has begun: the server closes the connection
                 await self._send_error(send, api_error(exc), "")
             raise
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, place: Place) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, place: Place, held: HeldBody) -> None:
         started_at, arrived_at = time.monotonic(), time.perf_counter()
         request_id, traceparent = "", None
         for name, value in scope["headers"]:
@@ -113,7 +113,7 @@ class Completions:
         try:
             check_headers(scope["headers"])
             async with asyncio.timeout(timeout_s):
-                body, notes, model, requests = await self._read(scope, receive, place)
+                body, notes, model, requests = await self._read(scope, receive, place, held)
         except ClientGone:
             self._metrics.note_gone(self._api.kind)
             if observation is not None:
@@ -164,7 +164,7 @@ class Completions:
         await send_json(send, status, body, [*error.headers(), *headers])
 
     async def _read(
-        self, scope: Scope, receive: Receive, place: Place
+        self, scope: Scope, receive: Receive, place: Place, held: HeldBody
     ) -> tuple[CompletionOptions, bytes, Model, list[GenerateRequest]]:
         """Read a request. Return its options and notes, its model, and the requests to the workers. It takes
         its place as soon as it has arrived, before the work that it costs.
@@ -172,24 +172,24 @@ class Completions:
         A request over the context of the chosen version of the model goes to the version with the longest
         context. Raises ApiError, DynamoRedisError and ClientGone.
         """
-        with self._bodies.hold() as held:
-            content = await read_limited(scope, receive, self._limit_bytes, held)
-            await place.take(receive)  # the time-out of the reading bounds the wait, too
-            if self._api.read is not None:
-                body = await self._api.read(content)
-            else:
-                body = await self._preparation.read(self._api.body, content)
-            del content
-            if body.choice_count > self._max_choices_count:
-                raise too_many_choices(body.choice_count, self._max_choices_count)
-            if not self._routes_by_cache and body.options.routing().get(OVERRIDE):
-                raise unsupported("nvext.router_config_override", "this frontend does not route by KV caches")
-            model = self._models.get(body.options.model, self._api.can_serve)
-            try:
-                model, requests = await self._prepare(model, body)
-            except (ApiError, TemplateError) as exc:
-                raise api_error(exc).renamed(self._api.names) from exc
-            return body.options, body.notes, model, requests
+        content = await read_limited(scope, receive, self._limit_bytes, held)
+        await place.take(receive)  # the time-out of the reading bounds the wait, too
+        if self._api.read is not None:
+            body = await self._api.read(content)
+        else:
+            body = await self._preparation.read(self._api.body, content)
+        del content
+        if body.choice_count > self._max_choices_count:
+            raise too_many_choices(body.choice_count, self._max_choices_count)
+        if not self._routes_by_cache and body.options.routing().get(OVERRIDE):
+            raise unsupported("nvext.router_config_override", "this frontend does not route by KV caches")
+        model = self._models.get(body.options.model, self._api.can_serve)
+        try:
+            model, requests = await self._prepare(model, body)
+        except (ApiError, TemplateError) as exc:
+            raise api_error(exc).renamed(self._api.names) from exc
+        held.grow_to(0 if body.media is None else body.media.size_bytes * len(requests))
+        return body.options, body.notes, model, requests
 
     async def _prepare(self, model: Model, body: Body) -> tuple[Model, list[GenerateRequest]]:
         """Return the requests of a body, and the version of the model that they are for."""

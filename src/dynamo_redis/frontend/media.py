@@ -6,12 +6,12 @@ The chat template gets a placeholder for each part, never its content. The front
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_redis.frontend.http.errors import ApiError
-from dynamo_redis.templates.protocol import to_json
 
 if TYPE_CHECKING:
     from dynamo_redis.frontend.openai import ChatBody
@@ -24,6 +24,9 @@ MODALITY_OF: Final[Mapping[str, str]] = {
 }
 """The modality of each type of part beside text."""
 
+_JSON: Final = json.JSONEncoder(separators=(",", ":"))
+"""In ASCII: beside one emoji Python would hold a whole image in four bytes a character."""
+
 PART_ROLES: Final = ("user", "tool")
 """The roles of messages that may have such parts."""
 
@@ -32,12 +35,17 @@ PART_ROLES: Final = ("user", "tool")
 class Media:
     """The parts of a chat beside text, and the chat for an engine that reads them."""
 
-    places: dict[str, str]
-    """The path in the body of the first part of each modality."""
+    places: Mapping[str, str]
+    """See `RequestBody.media_places`."""
     digest: str
     """The digest of all parts in their order: chats with the same tokens and other images differ in it."""
-    chat: dict[str, bytes]
+    chat: Mapping[str, bytes | memoryview]
     """See `GenerateRequest.chat`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the chat."""
+        return sum(map(len, self.chat.values()))
 
     def check(self, modalities: frozenset[str], model_name: str) -> None:
         """Raise ApiError, which names the first part that a model with these modalities cannot read."""
@@ -51,19 +59,20 @@ class Media:
                 )
 
 
-def media_of(body: ChatBody) -> Media | None:
-    """Return the parts of a chat beside text; None without any."""
-    places: dict[str, str] = {}
+def media_of(body: ChatBody, places: Mapping[str, str]) -> Media:
+    """Return the parts of a chat beside text, which stand at `places`."""
     digest = hashlib.sha256()
-    for number, message in enumerate(body.messages):
-        for index, part in enumerate(_parts(message)):
+    for message in body.messages:
+        for part in parts_of(message):
             if part["type"] in MODALITY_OF:
-                modality = MODALITY_OF[part["type"]]
-                places.setdefault(modality, f"messages[{number}].content[{index}].type")
-                content = to_json(part)
-                digest.update(len(content).to_bytes(8, "little") + content)
-    if not places:
-        return None
+                for piece in _JSON.iterencode(part):
+                    digest.update(piece.encode())
+    fields = {name: _JSON.encode(value).encode() for name, value in _chat(body).items()}
+    return Media(places, digest.hexdigest()[:32], fields)
+
+
+def _chat(body: ChatBody) -> dict[str, Any]:
+    """Return the fields of a body that an engine needs to make the prompt."""
     chat: dict[str, Any] = {"messages": body.messages}
     if body.tools and body.tool_choice != "none":
         chat["tools"] = body.tools
@@ -77,20 +86,21 @@ def media_of(body: ChatBody) -> Media | None:
         chat["add_special_tokens"] = True
     if variables := body.template_variables():
         chat["chat_template_kwargs"] = variables
-    return Media(places, digest.hexdigest()[:32], {name: to_json(value) for name, value in chat.items()})
+    return chat
 
 
 def with_placeholders(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages for a chat template, with placeholders (`{"type": "image"}`) in place of images."""
     return [
         {**message, "content": [_placeholder(part) for part in parts]}
-        if (parts := _parts(message))
+        if (parts := parts_of(message))
         else dict(message)
         for message in messages
     ]
 
 
-def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a message's content; none of a text."""
     content = message.get("content")
     return content if isinstance(content, list) else []
 

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from dynamo_redis.frontend import parameters
 from dynamo_redis.frontend.http.errors import ApiError, invalid
-from dynamo_redis.frontend.media import MODALITY_OF, PART_ROLES
+from dynamo_redis.frontend.media import MODALITY_OF, PART_ROLES, parts_of
 from dynamo_redis.frontend.options import (
     MAX_LOGPROBS,
     CheckedBody,
@@ -64,18 +64,21 @@ class TextPart(TypedDict):
     refusal: NotRequired[str]
 
 
-def _check_url(url: str) -> str:
+def _check_address(url: str) -> str:
     # An engine may read its own files by `file:` URLs.
     if not url[:8].lower().startswith(("http://", "https://", "data:")):
         raise ValueError("Input should be an http, https or data URL")
     return url
 
 
+MediaAddress = Annotated[str, AfterValidator(_check_address)]
+
+
 class MediaUrl(TypedDict):
     """The address of an image, a sound or a video, or its content as a data URL."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
-    url: Annotated[str, AfterValidator(_check_url)]
+    url: MediaAddress
 
 
 class AudioData(TypedDict):
@@ -236,8 +239,17 @@ class ChatBody(CompletionOptions):
                     f"Missing content of a message whose role is {message['role']!r}.",
                     f"messages[{index}].content",
                 )
-            if message["role"] not in PART_ROLES and isinstance(message.get("content"), list):
+            if message["role"] not in PART_ROLES:
                 _check_text_only(index, message)
+
+    def media_places(self) -> dict[str, str]:
+        """See `RequestBody`."""
+        places: dict[str, str] = {}
+        for number, message in enumerate(self.messages):
+            for index, part in enumerate(parts_of(message)):
+                if modality := MODALITY_OF.get(part["type"]):
+                    places.setdefault(modality, f"messages[{number}].content[{index}].type")
+        return places
 
     def _read_sampling(self) -> SamplingOptions:
         """See `CompletionOptions`. A tool that has to be called is a form of the answer."""
@@ -273,11 +285,12 @@ class ChatBody(CompletionOptions):
 
 
 def _check_text_only(number: int, message: Message) -> None:
-    for index, part in enumerate(message["content"] or ()):
-        if not isinstance(part, str) and part["type"] in MODALITY_OF:
+    for index, part in enumerate(parts_of(message)):
+        if part["type"] in MODALITY_OF:
             raise invalid(
                 f"Messages whose role is {message['role']!r} have text alone.",
                 f"messages[{number}].content[{index}].type",
+                "invalid_value",
             )
 
 
@@ -368,16 +381,24 @@ def read_body(kind: type[B], content: bytes | bytearray) -> B:
 def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
     """Make the body of a chat from the fields of another API. Raises ApiError.
 
-    `names` are the other API's names of the fields, for errors.
+    `names` are the other API's names of the fields, for errors. Those do not name a place in the messages,
+    since that API divides a conversation in another way.
     """
     try:
         body = ChatBody.model_validate({name: value for name, value in fields.items() if value is not None})
         body.refuse_unsupported()
     except ValidationError as exc:
-        raise _refusal(exc).renamed(names) from exc
+        raise _without_place(_refusal(exc)).renamed(names) from exc
     except ApiError as exc:
-        raise exc.renamed(names) from None
+        raise _without_place(exc).renamed(names) from None
     return body
+
+
+def _without_place(error: ApiError) -> ApiError:
+    if error.param is not None and error.param.startswith("messages["):
+        error.message = error.message.replace(error.param, "messages")
+        error.param = "messages"
+    return error
 
 
 def _refusal(exc: ValidationError) -> ApiError:

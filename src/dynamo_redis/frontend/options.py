@@ -135,6 +135,11 @@ class RequestBody(CheckedBody, ABC):
     def options(self) -> CompletionOptions:
         """Return what is asked for, as the body of a chat or a text completion. Raises ApiError."""
 
+    def media_places(self) -> dict[str, str]:
+        """Return the path in the body of the first part of each modality beside text (`image`); empty if the
+        places in the body are those in its options."""
+        return {}
+
     def notes(self) -> bytes:
         """Return what the form of the answer needs of the body, besides its options."""
         return b""

@@ -56,6 +56,7 @@ class Preparation:
 
     def __init__(self, max_body_bytes: int = 45 << 20) -> None:
         self._threads: WeakKeyDictionary[Tokenizer, tuple[Executor, Executor]] = WeakKeyDictionary()
+        self._max_body_bytes = max_body_bytes
         self._reader = BodyReader(max_body_bytes)
 
     async def aclose(self) -> None:
@@ -117,12 +118,21 @@ class Preparation:
             raise invalid(
                 f"Invalid value for '{place}': only an engine knows the number of tokens of such a part.",
                 place,
+                "unsupported_content",
             )
         return await self._tokenized(model, body)
 
     async def _tokenized(self, model: LoadedModel, body: Body) -> list[list[int]]:
         if body.media is not None:
             body.media.check(model.modalities, model.name)
+            if body.media.size_bytes * body.choice_count > self._max_body_bytes:
+                # Each choice is a request of its own, with all images.
+                raise invalid(
+                    f"Invalid value for 'n': the parts of {body.choice_count} answers have over "
+                    f"{self._max_body_bytes} bytes together.",
+                    "n",
+                    "invalid_value",
+                )
         prompts = await self._render_prompts(model, body)
         if body.media is not None and isinstance(prompts[0], MaskedText):
             # The engine tokenizes the texts of such a chat itself, and would take the name for the token.

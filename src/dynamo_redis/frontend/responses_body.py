@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from dynamo_redis.frontend.http.errors import invalid
 from dynamo_redis.frontend.http.sse import ascii_json
-from dynamo_redis.frontend.openai import Effort, chat_body
+from dynamo_redis.frontend.openai import Effort, MediaAddress, chat_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody, by_type
 from dynamo_redis.frontend.parameters import Parameters, Refusal, unsupported
 
@@ -28,16 +28,33 @@ _CLOSED: Final = ConfigDict(extra="forbid", strict=True)
 # --------------------------------------------------------------------------- items
 
 
-class ContentPart(TypedDict):
-    """A part of a message or of a call's output."""
+class TextPart(TypedDict):
+    """A text. Its check names all types: an image has its own."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     type: Literal["input_text", "output_text", "refusal", "input_image"]
     text: NotRequired[str]
     refusal: NotRequired[str]
-    image_url: NotRequired[str | None]
+
+
+class ImagePart(TypedDict):
+    """An image, by its address: no files are stored."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    type: Literal["input_image"]
+    image_url: MediaAddress
     detail: NotRequired[str | None]
 
+
+def _part_tag(value: object) -> str:
+    return "<image>" if isinstance(value, dict) and value.get("type") == "input_image" else "<text>"
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
+    Discriminator(_part_tag),
+]
+"""A part of a message or of a call's output."""
 
 Content = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
@@ -324,6 +341,16 @@ class ResponsesBody(RequestBody):
         }
         return chat_body(fields, CHAT_NAMES)
 
+    def media_places(self) -> dict[str, str]:
+        """See `RequestBody`."""
+        for number, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            name = "output" if item.get("type") == "function_call_output" else "content"
+            parts = item.get(name)
+            for index, part in enumerate(parts if isinstance(parts, list) else ()):
+                if part.get("type") == "input_image":
+                    return {"image": f"input[{number}].{name}[{index}].type"}
+        return {}
+
     def notes(self) -> bytes:
         """See `RequestBody`. The answer repeats these fields: they are the inner part of a JSON object."""
         further = self.model_extra or {}
@@ -410,8 +437,9 @@ def _parts(content: str | Iterable[Mapping[str, Any]]) -> Any:
     parts: list[dict[str, Any]] = []
     for part in content:
         if part["type"] == "input_image":
-            image = {"url": part.get("image_url") or "", "detail": part.get("detail")}
-            image = {name: value for name, value in image.items() if value is not None}
+            image = {"url": part["image_url"]}
+            if part.get("detail") is not None:
+                image["detail"] = part["detail"]
             parts.append({"type": "image_url", "image_url": image})
         elif part["type"] == "refusal":
             parts.append({"type": "refusal", "refusal": part.get("refusal", "")})

@@ -57,6 +57,7 @@ def serve(answer: Callable[[bytearray], bytes], *, memory_bytes: int, time_s: fl
         del content
         _write(FRAME.pack(len(answered)))
         _write(answered)
+        del answered
 
 
 def _read(size: int) -> bytearray | None:

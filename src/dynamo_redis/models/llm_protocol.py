@@ -7,6 +7,7 @@ that knows an option and does not support it refuses the request with InvalidReq
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypedDict, TypeGuard
 
 FinishReason = Literal["stop", "length", "content_filter", "error", "cancelled"]
@@ -110,7 +111,7 @@ class GenerateRequest(TypedDict):
     annotations: NotRequired[list[str]]
     dp_rank: NotRequired[int]
     answered_count: NotRequired[int]
-    chat: NotRequired[dict[str, bytes]]
+    chat: NotRequired[Mapping[str, bytes | memoryview]]
     media_digest: NotRequired[str]
 
 

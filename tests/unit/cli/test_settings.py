@@ -87,6 +87,14 @@ def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert rows(capsys)["DYN_ENGINE_API_KEY"]["value"] == "***"
 
 
+def test_modalities_are_listed_with_commas(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "--engine-modalities", "Video, image")
+    assert found["DYN_ENGINE_MODALITIES"]["value"] == "image,video"
+    for wrong in ("smell", "image,", ""):
+        assert run(["settings", "--engine-modalities", wrong]) == 2
+        assert "none of image, audio, video" in capsys.readouterr().err
+
+
 def test_unknown_parser_is_refused_with_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["worker", "mock", "--tool-call-parser", "mine"]) == 2
     error = capsys.readouterr().err

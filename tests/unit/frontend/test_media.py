@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from dynamo_redis.frontend.anthropic_body import MessagesBody
 from dynamo_redis.frontend.http import bodies
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.media import Media, media_of
 from dynamo_redis.frontend.openai import ChatBody, read_body
+from dynamo_redis.frontend.options import RequestBody
+from dynamo_redis.frontend.responses_body import ResponsesBody
 
 PIXEL = "data:image/png;base64,AAAA"
 TEXT = {"type": "text", "text": "Look:"}
@@ -27,9 +30,8 @@ def body_of(*parts: Any, role: str = "user", **more: Any) -> bytes:
 
 
 def media(*parts: Any, **more: Any) -> Media:
-    found = media_of(read_body(ChatBody, body_of(*parts, **more)))
-    assert found is not None
-    return found
+    body = read_body(ChatBody, body_of(*parts, **more))
+    return media_of(body, body.media_places())
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,71 @@ def test_refusal_names_the_field_of_the_part(part: Any, param: str) -> None:
     assert (caught.value.status, caught.value.param) == (400, f"messages[0].content[1].{param}")
 
 
+MESSAGE_IMAGE: dict[str, Any] = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"},
+}
+INPUT_IMAGE = {"type": "input_image", "image_url": PIXEL}
+
+
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "image", "source": {"type": "base64"}}, "source.media_type"),
+        ({"type": "image", "source": {"type": "base64", "media_type": "image/png"}}, "source.data"),
+        ({"type": "image", "source": {**MESSAGE_IMAGE["source"], "media_type": "a;b"}}, "source.media_type"),
+        ({"type": "image", "source": {"type": "url"}}, "source.url"),
+        ({"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}}, "source.url"),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "source.type"),
+    ],
+)
+def test_refusal_names_the_field_of_an_anthropic_image(part: Any, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        read_body(MessagesBody, body_of(TEXT, part, max_tokens=5, system="Be brief."))
+    assert caught.value.param == f"messages[0].content[1].{param}"
+
+
+@pytest.mark.parametrize("image", [{"file_id": "f"}, {"image_url": "file:///etc/passwd"}])
+def test_refusal_names_the_field_of_an_input_image(image: Any) -> None:
+    asked = [{"role": "user", "content": [{"type": "input_image", **image}]}]
+    with pytest.raises(ApiError) as caught:
+        read_body(ResponsesBody, json.dumps({"model": "m", "input": asked, "instructions": "x"}).encode())
+    assert caught.value.param == "input[0].content[0].image_url"
+
+
+def test_places_are_those_of_the_body_that_came() -> None:
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [TEXT, MESSAGE_IMAGE]}
+    use = {"type": "tool_use", "id": "t", "name": "look", "input": {}}
+    turns: list[Any] = [("user", "Look!"), ("assistant", [use]), ("user", [result])]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    given = {"model": "m", "max_tokens": 5, "system": "Be brief.", "messages": messages}
+    assert place_in(MessagesBody, given) == "messages[2].content[0].content[1].type"
+    messages[2] = {"role": "user", "content": [result | {"content": "It is red."}, MESSAGE_IMAGE]}
+    assert place_in(MessagesBody, given) == "messages[2].content[1].type"
+
+    call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": [INPUT_IMAGE]}
+    items = [{"role": "user", "content": "Look!"}, call, output]
+    given = {"model": "m", "instructions": "Be brief.", "input": items}
+    assert place_in(ResponsesBody, given) == "input[2].output[0].type"
+
+
+def place_in(kind: type[RequestBody], given: dict[str, Any]) -> str:
+    body = bodies.unpack(bytearray(bodies.pack(bytearray(kind.tag + json.dumps(given).encode()))))
+    assert body.media is not None
+    return body.media.places["image"]
+
+
+def test_chat_of_another_api_is_refused_without_a_place() -> None:
+    """The chat has further messages, so a place in it would be wrong."""
+    with pytest.raises(ApiError) as caught:
+        read_body(
+            MessagesBody, body_of(MESSAGE_IMAGE, role="assistant", max_tokens=5, system="Be brief.")
+        ).options()
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+    assert "[" not in caught.value.message
+
+
 @pytest.mark.parametrize("role", ["system", "developer", "assistant", "function"])
 def test_parts_stand_in_messages_of_users_and_tools(role: str) -> None:
     with pytest.raises(ApiError) as caught:
@@ -79,7 +146,7 @@ def test_model_refuses_modalities_it_does_not_read() -> None:
 
 
 def test_chat_of_text_has_no_media() -> None:
-    assert media_of(read_body(ChatBody, body_of(TEXT))) is None
+    assert bodies.media_in(read_body(ChatBody, body_of(TEXT)), {}) is None
 
 
 def test_digest_is_of_the_parts_and_their_order() -> None:
@@ -98,7 +165,7 @@ def test_engine_gets_the_chat_as_it_came() -> None:
         "chat_template_kwargs": {"b": 1},
         "documents": [{"a": 1}],
     }
-    chat = {name: json.loads(value) for name, value in media(TEXT, IMAGE, **options).chat.items()}
+    chat = {name: json.loads(bytes(value)) for name, value in media(TEXT, IMAGE, **options).chat.items()}
     assert chat == {
         "messages": [{"role": "user", "content": [TEXT, IMAGE]}],
         "tools": [WEATHER],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,9 @@ def test_invalid_card_is_refused(stored: bytes) -> None:
         ModelCard.from_bytes(stored)
 
 
-def test_parsers_tell_versions_of_a_model_apart() -> None:
-    def fingerprint(**parsers: str) -> str:
-        config = CARD.runtime_config.model_copy(update=parsers)
+def test_parsers_and_modalities_tell_versions_apart() -> None:
+    def fingerprint(**options: Any) -> str:
+        config = CARD.runtime_config.model_copy(update=options)
         return CARD.model_copy(update={"runtime_config": config}).fingerprint
 
     assert fingerprint() == CARD.fingerprint
@@ -52,5 +53,8 @@ def test_parsers_tell_versions_of_a_model_apart() -> None:
         fingerprint(tool_call_parser="x"),
         fingerprint(reasoning_parser="x"),
         fingerprint(tool_call_parser="y"),
+        fingerprint(modalities=["image"]),
+        fingerprint(modalities=["image", "audio"]),
     }
-    assert len(found) == 4
+    assert len(found) == 6
+    assert fingerprint(modalities=["audio", "image"]) in found

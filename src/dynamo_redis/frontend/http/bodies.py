@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pickle
 from array import array
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from struct import Struct
 from typing import Any, Final, TypeAlias
 
@@ -85,9 +86,12 @@ def source_of(body: CompletionOptions) -> Source:
     )
 
 
-def media_in(body: CompletionOptions) -> Media | None:
-    """Return the parts of the body beside text; None without any."""
-    return media_of(body) if isinstance(body, ChatBody) else None
+def media_in(options: CompletionOptions, places: Mapping[str, str]) -> Media | None:
+    """Return the parts of a body beside text; None without any. `places`: see `RequestBody.media_places`."""
+    if not isinstance(options, ChatBody):
+        return None
+    places = places or options.media_places()
+    return media_of(options, places) if places else None
 
 
 # --------------------------------------------------------------------------- between the processes
@@ -100,14 +104,17 @@ def pack(job: bytearray) -> bytes:
     try:
         body = read_body(kind, job)
         job.clear()
-        options, notes = body.options(), body.notes()
+        options, notes, places = body.options(), body.notes(), body.media_places()
         del body
-        source, media = source_of(options), media_in(options)
+        source, media = source_of(options), media_in(options, places)
         options = options.model_copy(update=_WITHOUT_SOURCE[type(options)] | _typed_tools(options))
-        parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
-        parts[:0] = [("notes", notes), ("media", b"" if media is None else pickle.dumps(media))]
-        del source, notes, media
-        head = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
+        parts: list[tuple[str, bytes | memoryview]] = [("notes", notes)]
+        if media is not None:
+            parts += media.chat.items()
+            media = replace(media, chat=dict.fromkeys(media.chat, b""))
+        parts += [_packed(part) for part in (source if isinstance(source, list) else [source])]
+        del source, notes
+        head = pickle.dumps((options, media, [(form, len(part)) for form, part in parts]))
         if len(head) > MOST_OPTIONS_BYTES:
             raise invalid(
                 f"All fields but messages, prompt and documents are over {MOST_OPTIONS_BYTES} bytes. Of "
@@ -151,13 +158,14 @@ def unpack(answer: bytearray) -> Body:
     del answer[:end]
     if isinstance(head, dict):
         raise ApiError(**head)
-    options, [(_, notes_size), (_, media_size), *parts] = head
+    options, media, [(_, notes_size), *parts] = head
     notes = bytes(answer[:notes_size])
     del answer[:notes_size]
-    media = pickle.loads(memoryview(answer)[:media_size]) if media_size else None  # noqa: S301 - likewise
-    del answer[:media_size]
+    if media is not None:
+        *fields, (_, source_size) = parts
+        return Body(options, answer[-source_size:], notes, _with_chat(media, memoryview(answer), fields))
     if parts and parts[0][0] == "conversation":
-        return Body(options, answer, notes, media)
+        return Body(options, answer, notes)
     prompts: list[Prompt] = []
     view = memoryview(answer)
     for form, size in parts:
@@ -168,3 +176,11 @@ def unpack(answer: bytearray) -> Body:
             ids.frombytes(view[:size])
         view = view[size:]
     return Body(options, prompts, notes)
+
+
+def _with_chat(media: Media, view: memoryview, fields: Sequence[tuple[str, int]]) -> Media:
+    """Return the media with the fields of its chat, which stand at the beginning of the view."""
+    chat = {}
+    for name, size in fields:
+        chat[name], view = view[:size], view[size:]
+    return replace(media, chat=chat)

@@ -60,7 +60,8 @@ class BodyReader:
         if size <= INLINE_BYTES:
             body = read_body(kind, b"".join(content))
             options = body.options()
-            return Body(options, source_of(options), body.notes(), media_in(options))
+            media = media_in(options, body.media_places())
+            return Body(options, source_of(options), body.notes(), media)
         lane = self._medium if size <= LARGE_BYTES else self._large
         try:
             reading = lane.run(kind.tag, *content)

@@ -21,7 +21,8 @@ SMALL_PIECE_BYTES = 16 << 10
 
 
 class BodyBudget:
-    """The bytes of all bodies that are held at any one time, until they have become requests."""
+    """The bytes of all bodies that are held at any one time: until they have become requests, and of those
+    with images until they are answered."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes

@@ -69,10 +69,10 @@ class Services:
             )
         )
 
-    async def frontend(self) -> httpx.AsyncClient:
+    async def frontend(self, **options: Any) -> httpx.AsyncClient:
         urls: list[str] = []
         settings = FrontendSettings.load(
-            http_host="127.0.0.1", http_port=0, router_mode="kv", model_cache=self._cache
+            http_host="127.0.0.1", http_port=0, router_mode="kv", model_cache=self._cache, **options
         )
 
         def serve(runtime: DistributedRuntime, ready: Ready) -> Coroutine[Any, Any, None]:

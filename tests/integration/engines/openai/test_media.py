@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -49,13 +50,13 @@ def body(content: Any = CONTENT, **more: Any) -> dict[str, Any]:
 
 
 async def served(
-    services: Services, path: Path, *, count: int = 1
+    services: Services, path: Path, *, count: int = 1, **options: Any
 ) -> tuple[list[TestEngine], httpx.AsyncClient]:
     engines = [await services.engine(owner="sglang") for _ in range(count)]
     for engine in engines:
         engine.choices = says("A c", "at.")
         await services.worker(engine, model_path=path, modalities="image", migration_limit=2)
-    return engines, await services.frontend()
+    return engines, await services.frontend(**options)
 
 
 async def test_engine_answers_a_chat_with_an_image(services: Services, model_path: Path) -> None:
@@ -122,6 +123,28 @@ async def test_unread_parts_are_refused_by_name(services: Services, model_path: 
         response = await frontend.post(path, json=content)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert not engine.chats
+
+
+async def test_images_are_held_until_they_are_answered(services: Services, model_path: Path) -> None:
+    [engine], frontend = await served(services, model_path, max_body_bytes=400_000, max_bodies_bytes=500_000)
+    image = [{"type": "image_url", "image_url": {"url": URL + "A" * 300_000}}]
+    engine.choices = [{"delta": {"content": "A d"}, "breaks": True}, *says("A cat.")]
+    async with frontend.stream("POST", "/v1/chat/completions", json=body(image, stream=True)) as response:
+        lines = response.aiter_lines()
+        while "A d" not in await anext(lines):
+            pass
+        refused = await frontend.post("/v1/chat/completions", json=body(image))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert (await frontend.post("/v1/chat/completions", json=body("Hello!"))).status_code == 200
+        engine.may_break.set()
+        async for _ in lines:
+            pass
+    async with asyncio.timeout(30):
+        while (await frontend.post("/v1/chat/completions", json=body(image))).status_code != 200:
+            await asyncio.sleep(0.01)
+
+    too_many = await frontend.post("/v1/chat/completions", json=body(image, n=2))
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
 
 
 async def test_chat_whose_engine_dies_starts_again_or_ends(services: Services, model_path: Path) -> None:
