@@ -85,8 +85,13 @@ def container(
     )
 
 
-def health_check(content: Mapping[str, Any], service: str) -> list[str]:
-    """Return the command of a service's health check."""
-    kind, *test = content["services"][service]["healthcheck"]["test"]
+def service_of(content: Mapping[str, Any], host: str) -> str:
+    """Return the service of a host: its own name, or that before the number of one of several containers."""
+    return host if host in content["services"] else host.rpartition("-")[0]
+
+
+def health_check(content: Mapping[str, Any], host: str) -> list[str]:
+    """Return the command of the health check of a host's service."""
+    kind, *test = content["services"][service_of(content, host)]["healthcheck"]["test"]
     words = [word.replace("$$", "$") for word in test]
     return ["sh", "-c", *words] if kind == "CMD-SHELL" else words

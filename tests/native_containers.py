@@ -176,7 +176,7 @@ class NativeContainers:
         return await self.processes.pop(host).stop(grace_s)
 
     async def stop_all(self) -> None:
-        for process in self.processes.values():
+        for process in reversed(self.processes.values()):
             await process.stop(1.0)
 
 

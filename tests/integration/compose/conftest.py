@@ -10,7 +10,7 @@ import anyio
 import httpx
 import pytest
 
-from tests.compose_files import container
+from tests.compose_files import container, service_of
 from tests.container_image import entrypoint_of
 from tests.native_containers import NativeContainers
 
@@ -38,11 +38,12 @@ async def deploy(repository: Path, tmp_path: Path) -> AsyncIterator[Deploy]:
         *,
         ports: dict[str, list[int]] | None = None,
         variables: dict[str, str] | None = None,
+        replaced: dict[str, str] | None = None,
     ) -> NativeContainers:
         containers = {
             host: container(
                 content,
-                host if host in content["services"] else host.partition("-")[0],
+                service_of(content, host),
                 entrypoint=entrypoint,
                 variables=VARIABLES | (variables or {}),
                 volumes=tmp_path / "volumes",
@@ -51,11 +52,11 @@ async def deploy(repository: Path, tmp_path: Path) -> AsyncIterator[Deploy]:
             )
             for host in hosts
         }
-        replaced = {
+        here = {
             "$(hostname -i | cut -d' ' -f1)": "127.0.0.1",
             "redis-server -": "redis-server - --bind 127.0.0.1",
         }
-        found = NativeContainers(tmp_path, containers, replaced)
+        found = NativeContainers(tmp_path, containers, here | (replaced or {}))
         made.append(found)
         return found
 

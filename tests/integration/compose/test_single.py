@@ -153,7 +153,7 @@ async def test_each_services_command_line_runs_natively(
     if deployment.has("redis-cli"):
         await deployment.until_it_succeeds("redis", health_check(compose, "redis"))
     for host in ("worker-1", "worker-2", "frontend"):
-        await deployment.until_it_succeeds(host, health_check(compose, host.partition("-")[0]))
+        await deployment.until_it_succeeds(host, health_check(compose, host))
 
     url = f"http://127.0.0.1:{deployment.port('frontend', 8000)}"
     async with httpx.AsyncClient(base_url=url, timeout=30.0) as http:
