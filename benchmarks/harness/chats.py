@@ -10,6 +10,9 @@ from typing import Any
 import httpx
 
 TOKENS = 16
+LATE_S = 30.0
+"""Time after which a chat without an answer has failed."""
+IDLE_S = 2.0
 
 
 def first_model(url: str, patience_s: float) -> str:
@@ -60,3 +63,51 @@ class Chatter:
     def close(self) -> None:
         """Close the connection."""
         self._writer.close()
+
+
+class CountedChats:
+    """Chats at a fixed pace. Each uses a kept connection that is free, or a new one.
+
+    A server may close an idle connection at the moment in which a request is sent. So connections that have
+    been idle for `IDLE_S` are not used again, as careful clients do it.
+    """
+
+    def __init__(self, url: str, model: str, label: str) -> None:
+        """`label`: shown before the errors of chats."""
+        self._url = url
+        self._model = model
+        self._label = label
+        self._free: list[tuple[float, Chatter]] = []
+
+    async def flow(self, count: int, per_s: float) -> int:
+        """Send `count` chats, `per_s` a second; return the number that failed."""
+        began = time.monotonic()
+        chats: list[asyncio.Task[bool]] = []
+        for number in range(count):
+            await asyncio.sleep(max(0.0, began + number / per_s - time.monotonic()))
+            chats.append(asyncio.create_task(self._is_answered(f"Question {began}-{number}?")))
+        return (await asyncio.gather(*chats)).count(False)
+
+    async def _is_answered(self, text: str) -> bool:
+        try:
+            async with asyncio.timeout(LATE_S):
+                chatter = self._pop_fresh() or await Chatter.open(self._url)
+                await chatter.chat(self._model, text)
+        except (OSError, EOFError, RuntimeError) as exc:  # a time-out is an OSError
+            print(f"{self._label}: a chat failed: {exc!r}", flush=True)
+            return False
+        self._free.append((time.monotonic(), chatter))
+        return True
+
+    def _pop_fresh(self) -> Chatter | None:
+        while self._free:
+            since, chatter = self._free.pop()
+            if time.monotonic() - since < IDLE_S:
+                return chatter
+            chatter.close()
+        return None
+
+    def close(self) -> None:
+        """Close all connections."""
+        for _, chatter in self._free:
+            chatter.close()

@@ -37,6 +37,7 @@ def run_suite(
     conditions: Conditions,
     *,
     unavailable: tuple[type[Exception], ...] = (),
+    default_rounds: int = 5,
 ) -> None:
     """Run the suite, or the rows of the command line; print and save the figures.
 
@@ -47,6 +48,7 @@ def run_suite(
         groups: The measurements, each with its rows.
         conditions: Describes the conditions of the measurement.
         unavailable: Errors of `conditions` that name in one line a part that is not installed.
+        default_rounds: Rounds of each measurement, unless the command line has others.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
@@ -54,7 +56,10 @@ def run_suite(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
+        "--rounds",
+        type=rounds_count,
+        default=default_rounds,
+        help=f"rounds of each measurement (default {default_rounds})",
     )
     parser.add_argument("--rows", default=",".join(bounds), help="ids, with commas (default: all)")
     arguments = parser.parse_args()

@@ -9,7 +9,8 @@ connections that it has, and the address leads to the new one;
 3. the replica dies, and the primary demands one (`min-replicas-to-write 1`).
 
 In each phase a worker and a frontend are started while the fault lasts; the last of its chats go through that
-frontend. A chat fails by any status but 200, by a connection that breaks, and by taking longer than `LATE_S`.
+frontend. A chat fails by any status but 200, by a connection that breaks, and by taking longer than
+`chats.LATE_S`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
@@ -32,7 +32,7 @@ from typing import Final
 
 import uvloop
 
-from benchmarks.harness.chats import Chatter, first_model
+from benchmarks.harness.chats import CountedChats, first_model
 from benchmarks.harness.processes import free_port, running, up
 from benchmarks.harness.report import Measured
 from dynamo_redis.errors import StoreError
@@ -48,8 +48,6 @@ CHATS: Final = 1_000
 NEWCOMER_CHATS: Final = 20
 CHATS_PER_S: Final = 50.0
 BEFORE_S: Final = 1.0
-LATE_S: Final = 30.0
-IDLE_S: Final = 2.0
 READY_S: Final = 60.0
 SETTLE_S: Final = 3.0
 
@@ -68,7 +66,7 @@ async def _refusals(rounds: int) -> list[float]:
         pair = await stack.enter_async_context(_pair())
         options = ("--redis-url", pair.address.url, "--redis-prefix", PREFIX, "--speedup-ratio", "0")
         url = stack.enter_context(up(*options))
-        chats = Chats(url, await asyncio.to_thread(first_model, url, READY_S))
+        chats = CountedChats(url, await asyncio.to_thread(first_model, url, READY_S), "S6")
         stack.callback(chats.close)
         await asyncio.sleep(SETTLE_S)
         phases = (pair.fail_over, pair.with_full_memory, pair.without_replica)
@@ -84,9 +82,9 @@ async def _refusals(rounds: int) -> list[float]:
     return figures
 
 
-async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
+async def _phase(fault: Fault, count: int, chats: CountedChats, pair: Pair) -> int:
     """Send `count` chats before, during and after a fault; return the number that failed."""
-    flow = asyncio.create_task(chats.flow(count - NEWCOMER_CHATS))
+    flow = asyncio.create_task(chats.flow(count - NEWCOMER_CHATS, CHATS_PER_S))
     await asyncio.sleep(BEFORE_S)
     async with fault():
         with _start_newcomers(pair.address.url) as url:
@@ -96,8 +94,8 @@ async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
                 print("S6: a frontend that was started during the fault serves no model", flush=True)
                 failed_count = NEWCOMER_CHATS
             else:
-                newcomer = Chats(url, model)
-                failed_count = await newcomer.flow(NEWCOMER_CHATS)
+                newcomer = CountedChats(url, model, "S6")
+                failed_count = await newcomer.flow(NEWCOMER_CHATS, CHATS_PER_S)
                 newcomer.close()
     return failed_count + await flow
 
@@ -113,55 +111,6 @@ def _start_newcomers(redis_url: str) -> Iterator[str]:
         frontend = [*program, "frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
         stack.enter_context(running(frontend, environment))
         yield f"http://127.0.0.1:{port}"
-
-
-# --------------------------------------------------------------------------- chats
-
-
-class Chats:
-    """Chats at a fixed pace. Each uses a kept connection that is free, or a new one.
-
-    A server may close an idle connection at the moment in which a request is sent. So connections that have
-    been idle for `IDLE_S` are not used again, as careful clients do it.
-    """
-
-    def __init__(self, url: str, model: str) -> None:
-        self._url = url
-        self._model = model
-        self._free: list[tuple[float, Chatter]] = []
-
-    async def flow(self, count: int) -> int:
-        """Send `count` chats; return the number that failed."""
-        began = time.monotonic()
-        chats: list[asyncio.Task[bool]] = []
-        for number in range(count):
-            await asyncio.sleep(max(0.0, began + number / CHATS_PER_S - time.monotonic()))
-            chats.append(asyncio.create_task(self._is_answered(f"Question {began}-{number}?")))
-        return (await asyncio.gather(*chats)).count(False)
-
-    async def _is_answered(self, text: str) -> bool:
-        try:
-            async with asyncio.timeout(LATE_S):
-                chatter = self._pop_fresh() or await Chatter.open(self._url)
-                await chatter.chat(self._model, text)
-        except (OSError, EOFError, RuntimeError) as exc:  # a time-out is an OSError
-            print(f"S6: a chat failed: {exc!r}", flush=True)
-            return False
-        self._free.append((time.monotonic(), chatter))
-        return True
-
-    def _pop_fresh(self) -> Chatter | None:
-        while self._free:
-            since, chatter = self._free.pop()
-            if time.monotonic() - since < IDLE_S:
-                return chatter
-            chatter.close()
-        return None
-
-    def close(self) -> None:
-        """Close all connections."""
-        for _, chatter in self._free:
-            chatter.close()
 
 
 # --------------------------------------------------------------------------- the servers

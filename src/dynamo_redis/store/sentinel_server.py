@@ -187,7 +187,7 @@ class SentinelDeployment:
         return next(server for server in self.servers if server.port == int(port))
 
     async def wait_for_primary(
-        self, *, other_than: EmbeddedServer, timeout_s: float = START_TIMEOUT_S
+        self, *, other_than: EmbeddedServer, timeout_s: float = START_TIMEOUT_S, poll_s: float = _POLL_S
     ) -> tuple[EmbeddedServer, float]:
         """Wait until a sentinel names another primary. Return it, and the time of that (monotonic)."""
         with anyio.fail_after(timeout_s):
@@ -197,7 +197,7 @@ class SentinelDeployment:
                         named = await self._named_by(sentinel)
                         if named is not other_than:
                             return named, time.monotonic()
-                await anyio.sleep(_POLL_S)
+                await anyio.sleep(poll_s)
 
     async def wait_until_ready(self) -> None:
         """Wait until every sentinel knows the same primary, all running replicas of it, and the others."""

@@ -322,7 +322,10 @@ class SentinelRoute(Route):
                 return
 
     async def _hint(self) -> None:
+        """Ask the sentinels anew: answers under way may be older than the announcement."""
         with suppress(*FAILURES):
+            if self._asking is not None:
+                await asyncio.wait([self._asking])
             await self._find()
 
 

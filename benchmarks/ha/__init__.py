@@ -1,0 +1,1 @@
+"""The suite `start`: start, idle cost and limits of a deployment."""

@@ -1,0 +1,36 @@
+"""Suite `ha`: what users notice of a failover, and of operations on a deployment that serves.
+
+H1  time until the registry takes writes again after a Sentinel has named the new primary (`sentinel_kill`)
+H2  chats that fail meanwhile; keys that are missing, extra, or shown and not there
+
+The worst of all rounds counts: a median would hide a bad one. `--rounds` should be 10 or more; each round has
+a seed of its own, by which the moment of the kill is drawn. `--rows H1,H2` runs some.
+"""
+
+from __future__ import annotations
+
+from benchmarks.ha.sentinel_kill import sentinel_kills
+from benchmarks.harness.suite import Bounds, Groups, run_suite
+
+BOUNDS: Bounds = {
+    "H1": ("sentinel failover by kill -9: registry writable again after detection +, s", 1.5, 0.5),
+    "H2": ("the same: chats failed; keys missing, extra, phantom", [0, 0, 0, 0], [0, 0, 0, 0]),
+}
+"""Text, bound (`must`) and aim of each row."""
+
+GROUPS: Groups = ((("H1", "H2"), sentinel_kills),)
+"""The rows of each measurement."""
+
+
+def main() -> None:
+    """Run the suite, or the rows of the command line."""
+    run_suite("ha", __doc__, BOUNDS, GROUPS, _conditions, default_rounds=10)
+
+
+def _conditions(_: set[str], rounds: int) -> list[str]:
+    """Return the conditions of the measurement that a reader needs to judge the figures."""
+    return [f"worst of {rounds} seeded rounds; Redis Sentinel with 3 sentinels, a primary and 2 replicas"]
+
+
+if __name__ == "__main__":
+    main()
