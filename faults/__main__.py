@@ -19,6 +19,7 @@ from faults.run import Scenario
 from faults.scenarios import ALL
 from faults.servers import ServerKind, installed_servers
 from faults.session import Options, Plan, Result, perform_all
+from faults.stores import StoreName
 
 SHORT_LOAD_S: Final = 4.0
 LONG_LOAD_S: Final = 15.0
@@ -55,6 +56,13 @@ KEPT: Final = Path(".faults")
     metavar="NAME",
     help="Run only on this server, e.g. redis-6.2 (may be repeated).",
 )
+@click.option(
+    "--store",
+    type=click.Choice(["plain", "sentinel"]),
+    default="plain",
+    show_default=True,
+    help="How processes reach their servers.",
+)
 @click.option("--seed", type=int, help="Run only this seed, which the report of a failure names.")
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Number of seeds, from 1."
@@ -69,6 +77,7 @@ def main(
     list_only: bool,
     names: tuple[str, ...],
     servers: tuple[str, ...],
+    store: StoreName,
     seed: int | None,
     seeds: int,
     is_long: bool,
@@ -90,7 +99,9 @@ def main(
             raise click.BadParameter(
                 f"there is no scenario {name!r}; --list shows all", param_hint="--scenario"
             )
-    scenarios = [ALL[name] for name in names] or list(ALL.values())
+    scenarios = [one for one in ([ALL[name] for name in names] or ALL.values()) if store in one.stores]
+    if not scenarios:
+        raise click.UsageError(f"{', '.join(names)}: not on --store {store}")
     kinds = _kinds(servers)
     if list_only:
         for scenario in scenarios:
@@ -101,9 +112,9 @@ def main(
     wanted = [seed] if seed is not None else list(range(1, seeds + 1))
     load_s = load_s or (LONG_LOAD_S if is_long else SHORT_LOAD_S)
     if short:
-        plans = _take_turns(scenarios, kinds)
+        plans = _take_turns(scenarios, kinds, store)
     else:
-        plans = [Plan(*parts, load_s) for parts in itertools.product(scenarios, kinds, wanted)]
+        plans = [Plan(*parts, load_s, store) for parts in itertools.product(scenarios, kinds, wanted)]
     options = Options(KEPT, jobs, keep)
     began = time.monotonic()
     results = _perform(plans, options, began + SHORT_BEGIN_S if short else float("inf"))
@@ -136,14 +147,16 @@ def _kinds(names: Sequence[str]) -> list[ServerKind]:
     return [kind for kind in installed if not names or kind.name in names]
 
 
-def _take_turns(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> list[Plan]:
+def _take_turns(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind], store: StoreName) -> list[Plan]:
     """Return a plan of each scenario on one server, with a seed and in an order that change from day to day.
     The scenarios that reach most of the code always come first."""
     day = int(time.time() // 86400)
     order = random.Random(day).sample(list(scenarios), len(scenarios))
     order.sort(key=lambda scenario: scenario.name not in ALWAYS)
     servers = itertools.islice(itertools.cycle(kinds), day % len(kinds), None)
-    return [Plan(scenario, kind, day, SHORT_LOAD_S) for scenario, kind in zip(order, servers, strict=False)]
+    return [
+        Plan(scenario, kind, day, SHORT_LOAD_S, store) for scenario, kind in zip(order, servers, strict=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ _PROMISES: Final = {
     "rubbish": "it is passed over, and all is served",
     "slow-large": "every call is served; no lease ends",
     "mixed": "all of this at once",
+    "sentinel-kill": _TAIL + "; no lease ends; all is served 2 s after a new primary is named",
+    "sentinel-demoted": _TAIL + "; no lease ends; all is served 2 s after a new primary is named",
+    "sentinel-away": f"{_KEPT}; every call is served",
 }
 _OF_KINDS: Final = {
     "locks": "one accepted holder at a time; no stale write",
@@ -62,6 +65,7 @@ _OF_KINDS: Final = {
 }
 _KINDS: Final = {
     "registry": "Registry",
+    "sentinel": "Redis Sentinel",
     "locks": "Locks",
     "objects": "Objects",
     "chats": "Chats",
@@ -96,12 +100,12 @@ def table(results: Path = RESULTS) -> str:
 def _of(kind: str) -> Iterator[str]:
     for name in ALL:
         first, _, _ = name.partition("-")
-        if (first if first in _OF_KINDS else "registry") == kind:
+        if (first if first in _KINDS else "registry") == kind:
             yield name
 
 
 def _row(name: str, measured: list[dict[str, Any]]) -> str:
-    fault = ALL[name].summary.removeprefix(f"{name.partition('-')[0]}: ")
+    fault = ALL[name].summary.removeprefix(f"{name.partition('-')[0]}: ").removeprefix("Sentinel: ")
     runs = sum(len(one["seeds"]) for one in measured)
     if not runs:
         return f"| {fault} | {promise(name)} | | | | | | | |"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal, Protocol, Self
 
 _READ_BYTES: Final = 1 << 16
 _POLL_S: Final = 0.005
@@ -93,7 +93,7 @@ class Connection:
                 if has_swallowed:
                     self.swallowed = True
                 else:
-                    await self._pass(content, towards)
+                    await self._pass(self._proxy.translate(content, towards), towards)
             if not has_swallowed:
                 writer.write_eof()
         except (OSError, RuntimeError):
@@ -126,6 +126,32 @@ class Connection:
             writer.transport.abort()
 
 
+class Link(Protocol):
+    """A process's way to its servers, of one proxy or several: the faults of `Proxy`."""
+
+    conditions: Conditions
+    refuse: bool
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def connections(self) -> list[Connection]: ...
+
+    @property
+    def has_swallowed(self) -> bool: ...
+
+    def cut(self) -> None: ...
+
+    def cut_one(self) -> None: ...
+
+    def half_close(self, towards: Side) -> None: ...
+
+    def heal(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
 class Proxy:
     """Listens on a loopback port and carries connections to `target`, a `redis://host:port` URL.
 
@@ -136,11 +162,21 @@ class Proxy:
         self.target = target
         self.conditions = GOOD
         self.refuse = False
-        self.url = ""
+        self._url = ""
         self.connections: list[Connection] = []
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._free_at: dict[Side, float] = {"client": 0.0, "server": 0.0}
+
+    @property
+    def url(self) -> str:
+        """The address that it listens on; "" before `start`."""
+        return self._url
+
+    def translate(self, content: bytes, towards: Side) -> bytes:
+        """Return the bytes to pass on in place of these."""
+        del towards
+        return content
 
     @property
     def has_swallowed(self) -> bool:
@@ -156,7 +192,7 @@ class Proxy:
     async def start(self) -> None:
         """Listen; `url` has the address."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def aclose(self) -> None:
         """Stop listening and break all connections."""

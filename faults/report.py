@@ -63,7 +63,7 @@ def _cells(row: dict[str, Any]) -> Iterable[str]:
 def _by_scenario(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
     found: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        found.setdefault((result.plan.kind.name, result.plan.scenario.name), []).append(result)
+        found.setdefault((result.plan.server, result.plan.scenario.name), []).append(result)
     return found
 
 

@@ -24,7 +24,7 @@ from dynamo_redis.errors import StoreError
 from faults.history import Recorder
 from faults.observer import Observer
 from faults.processes import LoadProcess, end_all
-from faults.proxy import Proxy
+from faults.proxy import Link
 from faults.roles.base import Orders
 from faults.run_state import RunState
 from faults.servers import (
@@ -35,6 +35,7 @@ from faults.servers import (
     final_state,
     wait_until_answers,
 )
+from faults.stores import PlainStore, SentinelStore, Store, StoreName
 
 PREFIX: Final = "faults"
 TTL_S: Final = 2.0
@@ -91,6 +92,7 @@ class Scenario:
     load: Load = REGISTRY
     keeps_leases: bool = False
     ttl_s: float = TTL_S
+    stores: tuple[StoreName, ...] = ("plain", "sentinel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +123,18 @@ class Run:
         seed: Fixes the faults and their times.
         directory: Directory of the histories, logs and server data; it must not exist.
         load_s: Seconds of faults.
+        store: How the processes reach their servers.
     """
 
     def __init__(
-        self, scenario: Scenario, kind: ServerKind, seed: int, directory: Path, *, load_s: float
+        self,
+        scenario: Scenario,
+        kind: ServerKind,
+        seed: int,
+        directory: Path,
+        *,
+        load_s: float,
+        store: StoreName = "plain",
     ) -> None:
         if scenario.clock and faketime_library() is None:
             raise Skipped("libfaketime is not installed (Debian: apt install faketime)")
@@ -133,23 +143,39 @@ class Run:
         self.directory = directory
         self.rng = random.Random(f"{scenario.name} {seed}")
         self.seed = seed
-        self.proxies: dict[str, Proxy] = {}
+        self.proxies: dict[str, Link] = {}
         self.processes: list[LoadProcess] = []
         directory.mkdir(parents=True)
         self.recorder = Recorder(directory, "runner")
         self._observed = Recorder(directory, "observer")
         self.observer = Observer(self._observed, PREFIX)
-        self.server = ServerUnderTest(
-            "a", kind, directory / "server-a", persistence=scenario.persistence, clock=scenario.clock
-        )
-        self.replica: ServerUnderTest | None = None
+        servers = [self._server(label) for label in ("a", "b")[: 1 + scenario.replica]]
+        self.store: Store = PlainStore(servers)
+        if store == "sentinel":
+            self.store = SentinelStore(servers, directory / "sentinels")
         self._load_s = load_s
         self._joined: set[str] = set()
         self._ends_at = float("inf")
         self._healed_at = 0.0
         self._run_state = RunState(directory)
 
+    def _server(self, label: str) -> ServerUnderTest:
+        directory, scenario = self.directory / f"server-{label}", self.scenario
+        return ServerUnderTest(
+            label, self.kind, directory, persistence=scenario.persistence, clock=scenario.clock
+        )
+
     # ------------------------------------------------------------------ for scenarios
+
+    @property
+    def server(self) -> ServerUnderTest:
+        """The primary."""
+        return self.store.server
+
+    @property
+    def replica(self) -> ServerUnderTest | None:
+        """The other server, if there is one."""
+        return self.store.replica
 
     @property
     def ttl_s(self) -> float:
@@ -182,7 +208,7 @@ class Run:
         await server.pause_writes()
         await self.observer.catch_up(server)
 
-    def some_proxies(self) -> list[Proxy]:
+    def some_proxies(self) -> list[Link]:
         """Return a random, non-empty part of the processes' proxies; often all of them."""
         proxies = list(self.proxies.values())
         if self.rng.random() < 0.4:
@@ -221,17 +247,17 @@ class Run:
             await self._end()
 
     async def _start(self) -> None:
-        await self.server.start()
-        self.observer.follow(self.server)
+        await self.store.start()
+        for server in self.store.servers:
+            self.observer.follow(server)
         if self.scenario.clock and abs(await self._shift(60.0) - 60.0) > 5.0:
             raise Skipped(f"libfaketime does not move the clock of {self.kind.name}")
-        if self.scenario.replica:
-            await self._start_replica()
         self.recorder.note(
             "began",
             scenario=self.scenario.name,
             seed=self.seed,
             server=self.kind.name,
+            store="sentinel" if isinstance(self.store, SentinelStore) else "plain",
             ttl_s=self.ttl_s,
             keeps_leases=self.scenario.keeps_leases,
         )
@@ -247,22 +273,9 @@ class Run:
         self.server.set_clock(0.0)
         return found
 
-    async def _start_replica(self) -> None:
-        self.replica = ServerUnderTest(
-            "b",
-            self.kind,
-            self.directory / "server-b",
-            persistence=self.scenario.persistence,
-            clock=self.scenario.clock,
-        )
-        await self.replica.start()
-        await self.replica.replicate(self.server)
-        self.observer.follow(self.replica)
-
     async def start_process(self, role: str, name: str) -> None:
         """Start one more load process, behind a proxy of its own."""
-        proxy = Proxy(self.server.url)
-        await proxy.start()
+        proxy = await self.store.open_link()
         self.proxies[name] = proxy
         orders = Orders(
             role,
@@ -401,9 +414,7 @@ class Run:
         await end_all(self.processes)
         for proxy in self.proxies.values():
             await proxy.aclose()
-        for server in (self.server, self.replica):
-            if server is not None:
-                await server.aclose()
+        await self.store.aclose()
         self._observed.close()
         self.recorder.close()
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from faults.run import Figures, Run, Scenario, Skipped
 from faults.servers import ServerKind
+from faults.stores import StoreName
 
 JUDGE_TIMEOUT_S: Final = 120.0
 RUN_TIMEOUT_S: Final = 180.0
@@ -27,14 +28,21 @@ class Plan:
     kind: ServerKind
     seed: int
     load_s: float
+    store: StoreName = "plain"
 
     def __str__(self) -> str:
-        return f"{self.scenario.name} on {self.kind.name}, seed {self.seed}"
+        return f"{self.scenario.name} on {self.server}, seed {self.seed}"
+
+    @property
+    def server(self) -> str:
+        """The server's name, with that of the store unless it is plain."""
+        return self.kind.name if self.store == "plain" else f"{self.kind.name}-{self.store}"
 
     @property
     def replay(self) -> str:
         """The command that makes it again: the same faults at the same times; the processes race anew."""
         run = f"--scenario {self.scenario.name} --server {self.kind.name} --seed {self.seed}"
+        run += f" --store {self.store}" * (self.store != "plain")
         return f'make faults ARGS="{run} --load-s {self.load_s:g}"'
 
 
@@ -86,11 +94,11 @@ async def perform_all(
 
 async def perform(plan: Plan, options: Options) -> Result:
     """Make one run and judge it."""
-    directory = options.directory / f"{plan.kind.name}-{plan.scenario.name}-{plan.seed}"
+    directory = options.directory / f"{plan.server}-{plan.scenario.name}-{plan.seed}"
     shutil.rmtree(directory, ignore_errors=True)
     figures: Figures | None = None
     try:
-        run = Run(plan.scenario, plan.kind, plan.seed, directory, load_s=plan.load_s)
+        run = Run(plan.scenario, plan.kind, plan.seed, directory, load_s=plan.load_s, store=plan.store)
         async with asyncio.timeout(RUN_TIMEOUT_S):
             figures = await run.perform()
             violations = await _judge(directory)

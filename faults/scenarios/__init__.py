@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from faults.run import Scenario
-from faults.scenarios import clients, crashes, data, failover, mixed, network, others, refusals
+from faults.scenarios import clients, crashes, data, failover, mixed, network, others, refusals, sentinels
 
 ALL: Final[dict[str, Scenario]] = {
     scenario.name: scenario
@@ -18,6 +18,7 @@ ALL: Final[dict[str, Scenario]] = {
         *refusals.SCENARIOS,
         *mixed.SCENARIOS,
         *others.SCENARIOS,
+        *sentinels.SCENARIOS,
     )
 }
 """Every scenario, by name."""

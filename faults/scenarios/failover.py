@@ -15,27 +15,21 @@ BACK_S: Final = 2.0
 
 
 async def promote(run: Run, offset_s: float) -> None:
-    """Promote the replica while the old primary still takes writes; those are lost.
+    """Part the replica from the primary, which still takes writes; those are lost.
 
-    Then the old one is cut off, read to its end by the observer, and killed; connections go to the new one.
+    Then the primary is read to its end by the observer, and killed; connections go to the replica.
     """
-    new, old = run.replica, run.server
-    assert new is not None
+    old, links = run.server, run.proxies.values()
     async with run.fault("failover", loses="tail", offset_s=offset_s):
-        if offset_s:
-            new.set_clock(offset_s)
-        await new.promote()
+        await run.store.part(offset_s)
         await run.pause(0.1, 1.0)
-        for proxy in run.proxies.values():
-            proxy.refuse = True
-            proxy.cut()
+        run.store.cut_off(links)
         await run.read_log_to_end(old)
         await old.kill()
         await run.pause(0.0, 1.0)
-        for proxy in run.proxies.values():
-            proxy.target = new.url
-            proxy.heal()
-        run.server, run.replica = new, old
+        await run.store.replace(links)
+        for link in links:
+            link.heal()
 
 
 async def hand_over(run: Run) -> None:
@@ -44,14 +38,10 @@ async def hand_over(run: Run) -> None:
     Nothing is lost and no connection breaks. New connections reach the new primary a little later; existing
     ones still reach the old one, which refuses their writes.
     """
-    new, old = run.replica, run.server
-    assert new is not None
     async with run.fault("planned failover", back_s=BACK_S):
-        await old.hand_over(new)
+        await run.store.hand_over()
         await run.pause(0.0, 1.0)
-        for proxy in run.proxies.values():
-            proxy.target = new.url
-        run.server, run.replica = new, old
+        run.store.lead(run.proxies.values())
 
 
 async def _hand_over_again_and_again(run: Run) -> None:

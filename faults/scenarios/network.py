@@ -6,41 +6,41 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from faults.oracles.served import EVERYTHING
-from faults.proxy import BLACK_HOLE, STALL, Conditions, Proxy
+from faults.proxy import BLACK_HOLE, STALL, Conditions, Link
 from faults.run import Load, Run, Scenario
 from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
 
-Strike = Callable[[Run, Proxy], None]
+Strike = Callable[[Run, Link], None]
 
 
 def _conditions(conditions: Conditions) -> Strike:
-    def strike(_: Run, proxy: Proxy) -> None:
+    def strike(_: Run, proxy: Link) -> None:
         proxy.conditions = conditions
 
     return strike
 
 
-def _slow(run: Run, proxy: Proxy) -> None:
+def _slow(run: Run, proxy: Link) -> None:
     proxy.conditions = Conditions(delay_s=run.rng.uniform(0, 0.3), bytes_per_s=run.rng.uniform(2e3, 5e4))
 
 
-def _half_close(run: Run, proxy: Proxy) -> None:
+def _half_close(run: Run, proxy: Link) -> None:
     proxy.half_close(run.rng.choice(("client", "server")))
 
 
-def _cut(run: Run, proxy: Proxy) -> None:
+def _cut(run: Run, proxy: Link) -> None:
     if run.rng.random() < 0.5:
         proxy.cut()
     else:
         proxy.cut_one()
 
 
-def _refuse(_: Run, proxy: Proxy) -> None:
+def _refuse(_: Run, proxy: Link) -> None:
     proxy.refuse = True
     proxy.cut()
 
 
-def _one_connection(run: Run, proxy: Proxy) -> None:
+def _one_connection(run: Run, proxy: Link) -> None:
     """Break one connection of the process, while its others work."""
     if proxy.connections:
         chosen = run.rng.choice(proxy.connections)

@@ -221,7 +221,7 @@ class RedisLink:
                         )
                 except StoreError as exc:
                     self._lose(exc)
-                    await asyncio.sleep(backoff.next_s())
+                    await self._client.pause(backoff.next_s())
         finally:
             await connection.aclose()
 
