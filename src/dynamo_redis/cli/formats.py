@@ -19,7 +19,7 @@ HIDDEN = "***"
 
 # Greedy up to the last `@` of the word: a password may hold any character, also one that URLs must encode.
 _PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s:/@]*):[^\s'\"]*@", re.IGNORECASE)
-_PASSWORD_ARGUMENT = re.compile(r"([?&]password=)[^&\s'\"]+", re.IGNORECASE)
+_PASSWORD_ARGUMENT = re.compile(r"([?&](?:\w+_)?password=)[^&\s'\"]+", re.IGNORECASE)
 
 _SECRET_FIELD = re.compile(r"""("secret"\s*:\s*")[^"]*""")
 

@@ -1,4 +1,4 @@
-"""The fault harness behind Redis Sentinels: a process sees only its own proxies, and loses nothing by them."""
+"""The fault harness behind Redis Sentinels: a process sees only its own proxies."""
 
 from __future__ import annotations
 

@@ -24,6 +24,11 @@ INSTANCE_KEY = "v1/instances/dynamo/backend/generate/694d98147d54bfde"
         ("rediss://user:pw@host", "rediss://user:***@host"),
         ("redis://user:p@w:x/y@host/0", "redis://user:***@host/0"),
         ("unix:///run/redis.sock?password=pw&db=0", "unix:///run/redis.sock?password=***&db=0"),
+        ("rediss://host?ssl_password=pw", "rediss://host?ssl_password=***"),
+        (
+            "redis+sentinel://user:pw@a:1,b:2/m?sentinel_username=u&sentinel_password=pw&x=1",
+            "redis+sentinel://user:***@a:1,b:2/m?sentinel_username=u&sentinel_password=***&x=1",
+        ),
         ("no connection to REDIS://u:pw@h:1, give up", "no connection to REDIS://u:***@h:1, give up"),
         ("curl http://localhost:8000/v1/models", "curl http://localhost:8000/v1/models"),
         ("two redis://a:b@c and redis://d:e@f", "two redis://a:***@c and redis://d:***@f"),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dynamo_redis.backoff import Backoff
+from dynamo_redis.errors import StoreRefused
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.redis.route import Route
 from dynamo_redis.store.redis.server_errors import (
@@ -37,6 +38,7 @@ from dynamo_redis.store.redis.server_errors import (
     one_line,
     prepare,
     reply,
+    store_error,
 )
 from dynamo_redis.store.redis.url import Address, ServerUrl, make_connection, show_address
 
@@ -185,12 +187,12 @@ class SentinelRoute(Route):
             )
         return known
 
-    async def _answers(self) -> tuple[list[_Answer], list[Exception]]:
+    async def _answers(self) -> tuple[list[_Answer], dict[Address, Exception]]:
         """Return the answers that come in time, and the failures of the other sentinels."""
-        asked = {asyncio.create_task(self._ask_one(one)) for one in self._url.sentinels}
+        asked = {asyncio.create_task(self._ask_one(one)): one for one in self._url.sentinels}
         answers: list[_Answer] = []
-        failures: list[Exception] = []
-        waiting, limit_s = asked, ASK_TIMEOUT_S
+        failures: dict[Address, Exception] = {}
+        waiting, limit_s = set(asked), ASK_TIMEOUT_S
         try:
             while waiting:
                 done, waiting = await asyncio.wait(
@@ -202,7 +204,7 @@ class SentinelRoute(Route):
                     try:
                         answers.append(task.result())
                     except Exception as exc:  # noqa: BLE001 - what answers may be no sentinel
-                        failures.append(exc)
+                        failures[asked[task]] = exc
                 if any(answer.at is not None for answer in answers):
                     limit_s = OTHERS_WAIT_S
         finally:
@@ -260,7 +262,7 @@ class SentinelRoute(Route):
             )
             self._moved()
 
-    def _nothing_found(self, answers: Sequence[_Answer], failures: Sequence[Exception]) -> Exception:
+    def _nothing_found(self, answers: Sequence[_Answer], failures: Mapping[Address, Exception]) -> Exception:
         """Return the error for sentinels that name no primary."""
         where = ", ".join(map(show_address, self._url.sentinels))
         if answers:
@@ -271,15 +273,18 @@ class SentinelRoute(Route):
                 f" {known}",
                 refused=True,
             )
-        refused = next((exc for exc in failures if reply(exc) is not None), None)
+        refused = next((exc for exc in failures.values() if reply(exc) is not None), None)
         if refused is not None:
             hint = " (the user and password of sentinels are sentinel_username and sentinel_password)"
             hint *= is_about_password(refused)
             return RouteError(
                 f"the sentinels at {where} refuse to answer: {reply(refused)}{hint}", refused=True
             )
-        why = f" ({one_line(failures[0])})" if failures else ""
-        return RouteError(f"no sentinel of {where} answers{why}")
+        if not failures:
+            return RouteError(f"no sentinel of {where} answers in time")
+        sentinel, failure = next(iter(failures.items()))
+        why = store_error(failure, show_address(sentinel))
+        return RouteError(f"no sentinel of {where} answers: {why}", refused=isinstance(why, StoreRefused))
 
     # ------------------------------------------------------------------ announcements
 

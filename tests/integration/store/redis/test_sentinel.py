@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.harness.processes import free_port
 
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.sentinel_server import EmbeddedSentinel, SentinelDeployment
 from dynamo_redis.store.server import EmbeddedServer
+from tests.certificates import Authority
 
 WAIT_S = 60.0
 SECRET = "Hunter2pass"
@@ -115,6 +120,44 @@ async def test_hung_sentinel_delays_no_call(steady: SentinelDeployment) -> None:
         await client.aclose()
     finally:
         hung.send_signal(signal.SIGCONT)
+
+
+async def test_sentinels_and_servers_speak_tls(tmp_path: Path) -> None:
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("needs redis-server on PATH")
+    identity = Authority(tmp_path).issue()
+    server, sentinel = free_port(), free_port()
+    (tmp_path / "sentinel.conf").write_text(f"sentinel monitor mymaster 127.0.0.1 {server} 1\n")
+    tls = ["--port", "0", "--tls-replication", "yes", "--tls-auth-clients", "no", "--bind", "127.0.0.1"]
+    tls += ["--tls-cert-file", str(identity.cert), "--tls-key-file", str(identity.key)]
+    tls += ["--tls-ca-cert-file", str(tmp_path / "ca.pem")]
+    with ExitStack() as stack:
+        for port, first in ((server, ("--save", "")), (sentinel, ("sentinel.conf", "--sentinel"))):
+            words = (program, *first, "--tls-port", str(port), *tls)
+            with (tmp_path / f"{port}.log").open("ab") as log:
+                process = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        client = RedisClient(
+            f"rediss+sentinel://127.0.0.1:{sentinel}/mymaster?ssl_ca_certs={tmp_path}/ca.pem", timeout_s=5.0
+        )
+
+        async def is_served() -> bool:
+            if process.poll() is not None:
+                pytest.skip("this redis-server was built without TLS")
+            try:
+                return bool(await client.execute("PING") == b"PONG")
+            except StoreUnavailable:
+                return False
+
+        await until(is_served)
+        sync = client.sync(5.0)
+        await asyncio.to_thread(sync.connect)
+        sync.close()
+        error = await refusal(f"rediss+sentinel://127.0.0.1:{sentinel}/mymaster")
+        assert "ssl_ca_certs" in str(error)
+        await client.aclose()
 
 
 # ---------------------------------------------------------------------- failovers
