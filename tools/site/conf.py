@@ -18,6 +18,8 @@ from sphinx.application import Sphinx
 CONTENTS: Final[Mapping[str, Sequence[str]]] = {
     "Operate": (
         "docs/operations",
+        "docs/managed-redis",
+        "docs/troubleshooting",
         "docs/kubernetes",
         "docs/settings",
         "docs/request-planes",

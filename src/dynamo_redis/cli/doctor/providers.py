@@ -49,8 +49,7 @@ PROVIDERS: Final = (
     Provider(
         "Redis Cloud",
         (".redis-cloud.com", ".redislabs.com", ".rlrcp.com"),
-        "in the database's configuration",
-        "CONFIG SET notify-keyspace-events Kxe, as a user that may use CONFIG",
+        "in the database's configuration, or by CONFIG SET where it is allowed",
     ),
     Provider(
         "Upstash",
