@@ -13,6 +13,7 @@ import httpx
 from dynamo_redis.config import FrontendSettings, MockEngineSettings
 from dynamo_redis.engines.base import Engine
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.engines.mock.embedding import MockEmbeddingEngine
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.frontend.http.server import serve_frontend
@@ -69,12 +70,19 @@ class Deployment:
         *,
         kind: type[NotingEngine] = NotingEngine,
         migration_limit: int = 0,
+        context_length: int | None = None,
         **engine: Any,
     ) -> NotingEngine:
-        model = read_model_directory(DEMO_MODEL_PATH)
+        model = read_model_directory(DEMO_MODEL_PATH, context_length=context_length)
         mock = kind(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
         await self.serve(mock, model, name, migration_limit=migration_limit)
         return mock
+
+    async def embedding_worker(self, name: str = "vectors", **settings: Any) -> MockEmbeddingEngine:
+        model = read_model_directory(DEMO_MODEL_PATH)
+        engine = MockEmbeddingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **settings}), model)
+        await self.serve(engine, model, name, model_type="embedding")
+        return engine
 
     async def serve(
         self,

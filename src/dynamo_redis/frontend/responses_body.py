@@ -17,7 +17,7 @@ from dynamo_redis.frontend.http.errors import invalid
 from dynamo_redis.frontend.http.sse import ascii_json
 from dynamo_redis.frontend.openai import Effort, MediaAddress, chat_body
 from dynamo_redis.frontend.options import CompletionOptions, RequestBody, by_type
-from dynamo_redis.frontend.parameters import Parameters, Refusal, unsupported
+from dynamo_redis.frontend.parameters import STREAM_OPTIONS, Parameters, Refusal, unsupported
 
 _OPEN: Final = ConfigDict(extra="allow", strict=True)
 """Further keys of an item are ids and states of an earlier answer: no template reads them."""
@@ -211,7 +211,7 @@ class ResponseStreamOptions(TypedDict):
     """`stream_options`."""
 
     __pydantic_config__ = _CLOSED  # type: ignore[misc]
-    include_obfuscation: NotRequired[Literal[False] | None]
+    include_obfuscation: NotRequired[Annotated[bool, Field(json_schema_extra={"const": False})] | None]
 
 
 _STATELESS: Final = "nothing is stored: send the whole conversation as 'input'"
@@ -318,6 +318,9 @@ class ResponsesBody(RequestBody):
         for wanted in self.include or ():
             if wanted not in _INCLUDED:
                 raise unsupported("include", f"'{wanted[:80]}' is not known")
+        if self.stream_options is not None and self.stream_options.get("include_obfuscation"):
+            reason = STREAM_OPTIONS.refused["include_obfuscation"].reason
+            raise unsupported("stream_options.include_obfuscation", reason)
         if self.text is not None and self.text.get("verbosity") not in (None, "medium"):
             raise unsupported("text.verbosity", "say it in a message")
 

@@ -17,12 +17,8 @@ import pytest
 from openai.types import CreateEmbeddingResponse
 
 from dynamo_redis import errors
-from dynamo_redis.config import MockEngineSettings
-from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.engines.mock.embedding import MockEmbeddingEngine
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.card import RuntimeConfig
-from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.planes.context import Context
 from tests.frontend_deployment import Deployment, until_healthy
 from tests.integration.frontend.http.test_openapi import body_validator, document_of, validator
@@ -266,17 +262,10 @@ async def test_incomplete_answer_is_an_error(embedder: Any) -> None:
 # --------------------------------------------------------------------------- real workers
 
 
-async def add_worker(deployment: Deployment, **settings: Any) -> MockEmbeddingEngine:
-    model = read_model_directory(DEMO_MODEL_PATH)
-    engine = MockEmbeddingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **settings}), model)
-    await deployment.serve(engine, model, "vectors", model_type="embedding")
-    return engine
-
-
 @pytest.mark.parametrize("router_mode", ["round_robin", "kv", "least_loaded"])
 async def test_workers_embed_in_every_router_mode(deployment: Deployment, router_mode: str) -> None:
-    await add_worker(deployment)
-    await add_worker(deployment)
+    await deployment.embedding_worker()
+    await deployment.embedding_worker()
     url = await deployment.frontend(router_mode=router_mode)
     await until_healthy(url, 2)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:

@@ -15,7 +15,7 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.frontend.apis import errors_of
 from dynamo_redis.frontend.forms.messages import ANTHROPIC_ERRORS, OVERLOADED
 from dynamo_redis.frontend.openapi.answers import AnthropicErrorAnswer, ErrorAnswer
-from dynamo_redis.frontend.openapi.operations import JSON, OPERATIONS, Operation
+from dynamo_redis.frontend.openapi.operations import EVENTS, JSON, OPERATIONS, Operation
 from dynamo_redis.frontend.options import CheckedBody
 from dynamo_redis.frontend.parameters import NVEXT, STREAM_OPTIONS, Parameters
 
@@ -93,10 +93,10 @@ def _describe(
             {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
         ]
     if operation.body is not None:
-        described["requestBody"] = {
-            "required": operation.needs_body,
-            "content": {JSON: schemas.content(JSON, operation.body)},
-        }
+        content = schemas.content(JSON, operation.body)
+        if operation.example is not None:
+            content["example"] = operation.example
+        described["requestBody"] = {"required": operation.needs_body, "content": {JSON: content}}
     return described
 
 
@@ -116,7 +116,10 @@ class _Schemas:
         self.found: dict[str, Any] = {}
 
     def content(self, media: str, kind: Any) -> dict[str, Any]:
-        """Return the description of content of a type."""
+        """Return the description of content of a type. Events have no schema: OpenAPI 3.1 has none for the
+        items of a stream."""
+        if media == EVENTS:
+            return {}
         if kind is None:
             return {"schema": {} if media == JSON else {"type": "string"}}
         return {"schema": self._add(kind)}

@@ -55,9 +55,11 @@ class Operation:
     summary: str
     tag: str
     answers: Mapping[int, Mapping[str, Any]]
-    """Status → media type → type of the content; None: any content."""
+    """Status → media type → type of the content; None: any JSON, any text, or events."""
     body: Any = None
     """The type of the body; None: it takes none."""
+    example: Any = None
+    """An example of the body."""
     needs_body: bool = True
     errors: frozenset[int] = field(default_factory=frozenset)
     """The statuses of errors, besides those of overload and of a wrong key."""
@@ -66,21 +68,30 @@ class Operation:
 
 
 _BODY_ERRORS: Final = frozenset((400, 404, 413, 415))
-_SUMMARIES: Final[Mapping[Kind, tuple[str, str, Any]]] = {
-    "chat": ("chat_completions", "A chat completion, whole or streamed", answers.ChatCompletion),
-    "text": ("completions", "A text completion, whole or streamed", answers.TextCompletion),
-    "messages": ("messages", "A message in Anthropic's form, whole or streamed", answers.MessageAnswer),
+_CHAT: Final = {"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]}
+_INPUT: Final = {"model": "demo", "input": "Hello!"}
+_TEXT: Final = {"model": "demo", "prompt": "Once upon a time"}
+_SUMMARIES: Final[Mapping[Kind, tuple[str, str, Any, Any]]] = {
+    "chat": ("chat_completions", "A chat completion, whole or streamed", answers.ChatCompletion, _CHAT),
+    "text": ("completions", "A text completion, whole or streamed", answers.TextCompletion, _TEXT),
+    "messages": (
+        "messages",
+        "A message in Anthropic's form, whole or streamed",
+        answers.MessageAnswer,
+        {**_CHAT, "max_tokens": 100},
+    ),
     "responses": (
         "responses",
         "An answer in OpenAI's newer form, whole or streamed; nothing is stored",
         answers.ResponseAnswer,
+        _INPUT,
     ),
-    "embeddings": ("embeddings", "The embeddings of texts", answers.EmbeddingList),
+    "embeddings": ("embeddings", "The embeddings of texts", answers.EmbeddingList, _INPUT),
 }
 
 
 def _asks_workers(api: Api) -> Operation:
-    name, summary, answer = _SUMMARIES[api.kind]
+    name, summary, answer, example = _SUMMARIES[api.kind]
     streamed: dict[str, Any] = {} if api.kind == "embeddings" else {EVENTS: None}
     return Operation(
         name,
@@ -88,18 +99,20 @@ def _asks_workers(api: Api) -> Operation:
         "clients",
         {200: {JSON: answer, **streamed}},
         api.body,
+        example,
         errors=_BODY_ERRORS | ERROR_STATUSES,
         takes_place=True,
     )
 
 
-def _counts(name: str, summary: str, answer: Any, body: Any) -> Operation:
+def _counts(name: str, summary: str, answer: Any, body: Any, example: Any) -> Operation:
     return Operation(
         name,
         summary,
         "clients",
         {200: {JSON: answer}},
         body,
+        example,
         errors=_BODY_ERRORS | {502, 503, 504},
         takes_place=True,
     )
@@ -112,13 +125,17 @@ def _shows(name: str, summary: str, tag: str, media: str, answer: Any = None, *e
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     **{("POST", api.path): _asks_workers(api) for api in APIS},
     ("POST", COUNT_PATH): _counts(
-        "count_tokens", "The number of tokens of a conversation", answers.TokenCount, CountBody
+        "count_tokens", "The number of tokens of a conversation", answers.TokenCount, CountBody, _CHAT
     ),
     ("POST", "/tokenize"): _counts(
-        "tokenize", "The tokens of a text or a chat", answers.TokenizeAnswer, TokenizeBody
+        "tokenize", "The tokens of a text or a chat", answers.TokenizeAnswer, TokenizeBody, _TEXT
     ),
     ("POST", "/detokenize"): _counts(
-        "detokenize", "The text of tokens", answers.DetokenizeAnswer, DetokenizeBody
+        "detokenize",
+        "The text of tokens",
+        answers.DetokenizeAnswer,
+        DetokenizeBody,
+        {"model": "demo", "tokens": [1, 2, 3]},
     ),
     ("GET", "/v1/models"): _shows(
         "list_models",
@@ -160,6 +177,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "operators",
         {200: {JSON: answers.Thresholds}},
         ThresholdsBody,
+        {"model": "demo", "active_decode_blocks_threshold": 0.9},
         errors=_BODY_ERRORS | {403, 503},
     ),
     ("POST", "/clear_kv_blocks"): Operation(
