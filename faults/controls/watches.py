@@ -27,7 +27,7 @@ class NaiveWatch:
     def __init__(self, kv: KeyValue, prefix: str) -> None:
         self._kv = kv
         self._prefix = prefix
-        self._connection = kv.client.blocking()
+        self._connection = kv.client.blocking(kv.keys.log)
         self._state: dict[str, Record] = {}
         self._at = Revision("")
 

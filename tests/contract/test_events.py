@@ -26,12 +26,12 @@ from dynamo_redis.store.event_base import (
     entry_order,
 )
 from dynamo_redis.store.keys import StreamKeys
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.streams import readers
 from dynamo_redis.store.streams.memory import MemoryEventStreams
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams
-from tests.contract.conftest import SERVERS
+from tests.contract.conftest import CLUSTER, SERVERS
 
 STREAM = StreamName("dynamo", "backend", "kv_events")
 ODD = StreamName("a/b", "c}d{ e", "t*?[x]", 3)
@@ -78,8 +78,8 @@ class RedisPlane:
 
     def __init__(self, url: str, prefix: str) -> None:
         self.prefix = prefix
-        self.redis = RedisClient(url, timeout_s=3.0)
-        self.streams: EventStreams = RedisEventStreams(RedisClient(url, timeout_s=3.0), prefix, SETTINGS)
+        self.redis = open_client(url, timeout_s=3.0)
+        self.streams: EventStreams = RedisEventStreams(open_client(url, timeout_s=3.0), prefix, SETTINGS)
 
     def keys(self, stream: StreamName = STREAM) -> StreamKeys:
         return StreamKeys(self.prefix, stream)
@@ -101,7 +101,7 @@ Plane = MemoryPlane | RedisPlane
 ServerUrls = Callable[[str], str]
 
 
-@pytest.fixture(params=["memory", *SERVERS])
+@pytest.fixture(params=["memory", *SERVERS, CLUSTER])
 async def plane(
     request: pytest.FixtureRequest, server_urls: ServerUrls, dynamo_redis_prefix: str
 ) -> AsyncIterator[Plane]:
@@ -115,7 +115,7 @@ async def plane(
     await made.aclose()
 
 
-@pytest.fixture(params=[*SERVERS])
+@pytest.fixture(params=[*SERVERS, CLUSTER])
 async def redis_plane(
     request: pytest.FixtureRequest, server_urls: ServerUrls, dynamo_redis_prefix: str
 ) -> AsyncIterator[RedisPlane]:

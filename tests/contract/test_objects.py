@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,28 @@ from dynamo_redis.store.locks.memory import MemoryLocks
 from dynamo_redis.store.locks.redis_locks import RedisLocks
 from dynamo_redis.store.objects.memory import MemoryObjectStore
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
+from tests.contract.conftest import CLUSTER
 
 CHUNK_BYTES = 1000
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture
+def url(request: pytest.FixtureRequest, server_urls: Callable[[str], str]) -> str:
+    """Address of the server that the test is for."""
+    if request.node.callspec.params["locks"] == CLUSTER:
+        return server_urls(CLUSTER)
+    return str(request.getfixturevalue("dynamo_redis_url"))
+
+
+@pytest.fixture(params=["memory", "redis", CLUSTER])
 async def locks(request: pytest.FixtureRequest, dynamo_redis_prefix: str) -> AsyncIterator[StoredLocks]:
     """The locks of fenced puts to `objects`."""
     found: StoredLocks
     if request.param == "memory":
         found = MemoryLocks()
     else:
-        client = RedisClient(request.getfixturevalue("dynamo_redis_url"), timeout_s=3.0)
+        client = open_client(request.getfixturevalue("url"), timeout_s=3.0)
         found = RedisLocks(client, dynamo_redis_prefix)
     yield found
     await found.aclose()
@@ -46,7 +55,7 @@ async def objects(
     if isinstance(locks, MemoryLocks):
         store = MemoryObjectStore(chunk_bytes=CHUNK_BYTES, locks=locks)
     else:
-        client = RedisClient(request.getfixturevalue("dynamo_redis_url"), timeout_s=3.0)
+        client = open_client(request.getfixturevalue("url"), timeout_s=3.0)
         store = RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=CHUNK_BYTES)
     yield store
     await store.aclose()

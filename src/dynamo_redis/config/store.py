@@ -25,7 +25,8 @@ class StoreSettings(SettingsGroup):
         "DYN_REDIS_URL",
         None,
         "The Redis or Valkey server: redis://[user:password@]host:port, rediss://… for TLS, unix:///path, "
-        "redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name. "
+        "redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name, "
+        "redis+cluster://[user:password@]node1:6379,node2:6379. "
         "Unset: the server that `dynamo-redis up` of this user runs.",
     )
     prefix: Annotated[str, AfterValidator(_check_prefix)] = setting(

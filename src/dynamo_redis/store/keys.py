@@ -264,7 +264,7 @@ def stream_of_key(prefix: str, key: bytes) -> StreamName | None:
 def slot_of_tag(tag: str) -> int:
     """Return the slot of a cluster to which keys with this hash tag belong, as the cluster specification
     computes it: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/"""
-    return crc_hqx(tag.encode(), 0) % SLOTS_COUNT
+    return crc_hqx(tag.encode("utf-8", "surrogateescape"), 0) % SLOTS_COUNT
 
 
 def format_lease(lease: LeaseId | None) -> str:

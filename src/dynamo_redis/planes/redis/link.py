@@ -21,7 +21,7 @@ from dynamo_redis.planes.tunnel.link import BEHIND_COUNT, LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.keys import Inbox, inbox_key, inbox_pattern
 from dynamo_redis.store.redis.blocking import pack
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.wire.tunnel import encode_part
 
 EXPIRY_S: Final = 30.0
@@ -42,7 +42,7 @@ class RedisLink:
     def __init__(self, url: str, timeout_s: float, prefix: str, name: str, reads: Inbox) -> None:
         """`name` is unique among the processes of the deployment, whose keys have the prefix. A worker reads
         requests, a caller replies."""
-        self._client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-plane")
+        self._client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-plane")
         self._prefix = prefix
         self._user = encode_part(self._client.user)
         self._address = f"{self._user}.{name}"
@@ -118,25 +118,18 @@ class RedisLink:
 
     async def _send_waiting(self) -> None:
         """Append the messages that wait: one entry for each receiver and trip."""
-        connection = self._client.blocking()
+        connection = self._client.sending()
         try:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
                 while self._waiting:
                     trip = self._take_trip()
-                    commands = [
-                        pack(
-                            "XADD",
-                            inbox_key(self._prefix, self._writes, receiver),
-                            "NOMKSTREAM",
-                            "*",
-                            "f",
-                            self._address,
-                            *_fields(messages),
-                        )
-                        for receiver, messages in trip.items()
-                    ]
+                    commands = []
+                    for receiver, messages in trip.items():
+                        key = inbox_key(self._prefix, self._writes, receiver)
+                        head = ("XADD", key, "NOMKSTREAM", "*", "f", self._address)
+                        commands.append((key, pack(*head, *_fields(messages))))
                     try:
                         answers = await connection.execute_each(commands)
                     except StoreError as exc:
@@ -186,7 +179,7 @@ class RedisLink:
     async def _read(self) -> None:
         """Read the own stream, remove what was read, and keep its expiry ahead."""
         loop = asyncio.get_running_loop()
-        connection = self._client.blocking()
+        connection = self._client.blocking(self._key)
         backoff = Backoff()
         renew_at = loop.time() + EXPIRY_S / 3
         expire = pack("PEXPIRE", self._key, round(EXPIRY_S * 1000))

@@ -10,7 +10,8 @@ from dynamo_redis.config import StoreSettings
 from dynamo_redis.store.base import LockedValue, LockHolder
 from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.lock import StoredLocks
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.base import StoreClient
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.scripts import load_script
 
 _ACQUIRE = load_script("lock_acquire")
@@ -22,7 +23,7 @@ _WRITE = load_script("lock_write")
 class RedisLocks(StoredLocks):
     """`Locks` on one Redis or Valkey. `aclose` closes the client."""
 
-    def __init__(self, client: RedisClient, prefix: str) -> None:
+    def __init__(self, client: StoreClient, prefix: str) -> None:
         super().__init__(RedisLockStorage(client), prefix)
 
     @classmethod
@@ -30,13 +31,13 @@ class RedisLocks(StoredLocks):
         """Return locks with a client of their own, not yet connected. Raises ConfigError if no server is
         configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
-        return cls(RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-locks"), settings.prefix)
+        return cls(open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-locks"), settings.prefix)
 
 
 class RedisLockStorage:
     """`LockStorage` in Redis."""
 
-    def __init__(self, client: RedisClient) -> None:
+    def __init__(self, client: StoreClient) -> None:
         self._client = client
 
     @property

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StoreUnavailable
 from dynamo_redis.store.keys import ObjectKeys
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.scripts import load_script
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class ObjectTimes:
         return round(self.claim_s * 1000)
 
 
-async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], Awaitable[T]]) -> T:
+async def recovering(client: StoreClient, recovery_s: float, call: Callable[[], Awaitable[T]]) -> T:
     """Repeat an idempotent call until it succeeds, or `recovery_s` have passed since its first failure.
 
     The time counts from the first failure, since over a slow link that may come late. Raises the last
@@ -85,7 +85,7 @@ async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], 
 class ObjectChunks:
     """The chunks of one object. Cancelling a call is safe: a chunk is stored completely or not at all."""
 
-    def __init__(self, client: RedisClient, keys: ObjectKeys, times: ObjectTimes) -> None:
+    def __init__(self, client: StoreClient, keys: ObjectKeys, times: ObjectTimes) -> None:
         self._client = client
         self._keys = keys
         self._times: Final = times

@@ -64,7 +64,8 @@ from dynamo_redis.store.objects.content import (
 )
 from dynamo_redis.store.objects.manifest import INFO_FIELDS, Manifest, Replaceable, chunk_name, info_of_fields
 from dynamo_redis.store.objects.overlap import overlapped
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.base import StoreClient
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.scripts import load_script
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class RedisObjectStore(ObjectReads):
 
     def __init__(
         self,
-        client: RedisClient,
+        client: StoreClient,
         prefix: str,
         *,
         chunk_bytes: int = CHUNK_BYTES,
@@ -117,7 +118,7 @@ class RedisObjectStore(ObjectReads):
         """Return a store with a client of its own, not yet connected. Raises ConfigError if no server is
         configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
-        client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
+        client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
         return cls(client, settings.prefix, read_only=read_only)
 
     # ------------------------------------------------------------------ put
@@ -394,7 +395,7 @@ class RedisObjectStore(ObjectReads):
         return f"{{{self._prefix}/object}}:names"
 
     async def _server_time_s(self) -> int:
-        seconds, _ = await self._client.execute("TIME")
+        seconds, _ = await self._client.execute("TIME", beside=self._names)
         return int(seconds)
 
     async def aclose(self) -> None:

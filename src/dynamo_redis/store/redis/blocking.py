@@ -82,12 +82,17 @@ class BlockingConnection:
         """Run several commands as `execute`, in order and in one round trip. Raises the first error."""
         return await self._exchange(commands, block_s)
 
-    async def execute_each(self, commands: Sequence[bytes]) -> list[Any]:
+    async def execute_each(self, commands: Sequence[bytes], *, block_s: float = 0.0) -> list[Any]:
         """Run commands as `execute_all`; the StoreError of one that the server refuses is its answer.
 
         Raises StoreError if the connection breaks."""
-        answers = await self._exchange(commands, 0.0, keeps_errors=True)
-        return [self._error(one) if isinstance(one, Exception) else one for one in answers]
+        answers = await self._exchange(commands, block_s, keeps_errors=True)
+        return [self._caused(one) if isinstance(one, Exception) else one for one in answers]
+
+    def _caused(self, exc: Exception) -> StoreError:
+        error = self._error(exc)
+        error.__cause__ = exc
+        return error
 
     async def _exchange(
         self, commands: Sequence[bytes], block_s: float, *, keeps_errors: bool = False
@@ -123,6 +128,19 @@ class BlockingConnection:
     async def aclose(self) -> None:
         """Close the connection. Never waits for the server."""
         self._drop()
+
+
+class OneServerSending:
+    """`Sending` on one connection."""
+
+    def __init__(self, connection: BlockingConnection) -> None:
+        self._connection = connection
+
+    async def execute_each(self, commands: Sequence[tuple[str, bytes]]) -> list[Any]:
+        return await self._connection.execute_each([command for _, command in commands])
+
+    async def aclose(self) -> None:
+        await self._connection.aclose()
 
 
 class _ParserLink(asyncio.Protocol):

@@ -33,8 +33,9 @@ from redis.retry import Retry
 
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.histogram import Histogram
+from dynamo_redis.store.redis.base import Sending
 from dynamo_redis.store.redis.blocking import Argument as Argument
-from dynamo_redis.store.redis.blocking import BlockingConnection
+from dynamo_redis.store.redis.blocking import BlockingConnection, OneServerSending
 from dynamo_redis.store.redis.deadline import Deadline
 from dynamo_redis.store.redis.key_types import MOST_KEYS_COUNT, describe_wrong_types
 from dynamo_redis.store.redis.login import Login
@@ -156,8 +157,9 @@ class RedisClient:
                 replication.get("master_port", "?"),
             )
 
-    async def execute(self, *command: Argument) -> Any:
-        """Run one command once; return the raw reply. Raises StoreError."""
+    async def execute(self, *command: Argument, beside: Argument | None = None) -> Any:
+        """As `StoreClient.execute`."""
+        del beside  # there is one server
         self._check_open()
         try:
             async with Deadline(self.timeout_s, self.trips_s):
@@ -204,6 +206,24 @@ class RedisClient:
                 return list(await pipe.execute())
         except FAILURES as exc:
             raise await self.named(self.error(exc), tuple(keys)) from exc
+
+    async def each(self, commands: Iterable[Sequence[Argument]]) -> list[Any]:
+        """As `pipeline`, without a transaction; the StoreError of a command that is refused is its answer."""
+        self._check_open()
+        pipe = self._redis.pipeline(transaction=False)
+        for command in commands:
+            pipe.execute_command(*command)
+        try:
+            async with Deadline(self.timeout_s, self.trips_s):
+                answers = await pipe.execute(raise_on_error=False)
+        except FAILURES as exc:
+            raise self.error(exc) from exc
+        return [self._caused(one) if isinstance(one, Exception) else one for one in answers]
+
+    def _caused(self, exc: Exception) -> StoreError:
+        error = self.error(exc)
+        error.__cause__ = exc
+        return error
 
     async def scan(self, match: str, *, count: int = 500) -> AsyncIterator[bytes]:
         """Yield the keys that match a glob pattern. A key may come twice; a key made meanwhile may be
@@ -267,8 +287,9 @@ class RedisClient:
 
     # ------------------------------------------------------------------ other connections
 
-    def blocking(self) -> BlockingConnection:
+    def blocking(self, key: Argument = "") -> BlockingConnection:
         """Return a connection for blocking reads; its owner closes it."""
+        del key  # there is one server
 
         async def connect() -> Any:
             self._check_open()
@@ -280,9 +301,14 @@ class RedisClient:
         self._keep(made)
         return made
 
-    async def subscribe(self, *patterns: str) -> ChannelSubscription:
-        """Subscribe to channel patterns, on a separate connection. Raises StoreError."""
-        return await self._subscribe("PSUBSCRIBE", patterns)
+    def sending(self) -> Sending:
+        """As `StoreClient.sending`."""
+        return OneServerSending(self.blocking())
+
+    async def subscribe(self, pattern: str, *, beside: Argument = "") -> ChannelSubscription:
+        """Subscribe to a channel pattern, on a separate connection. Raises StoreError."""
+        del beside  # there is one server
+        return await self._subscribe("PSUBSCRIBE", (pattern,))
 
     async def subscribe_channel(self, channel: str) -> ChannelSubscription:
         """Subscribe to one channel, on a separate connection. Raises StoreError."""
@@ -295,8 +321,9 @@ class RedisClient:
         await subscription.start(command, names)
         return subscription
 
-    def sync(self, timeout_s: float) -> SyncConnection:
+    def sync(self, timeout_s: float, *, key: Argument = "") -> SyncConnection:
         """Return a connection for another thread, each step of which waits at most `timeout_s`."""
+        del key  # there is one server
         options = route_thread_options(self._url.thread_options() | _common(timeout_s), self._route)
         options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._login.log_in_from_thread}
         made = SyncConnection(self._server, redis.ConnectionPool(max_connections=1, **options))
@@ -305,7 +332,7 @@ class RedisClient:
 
     def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:
         """Return an access to this client's connections for a thread other than that of `loop`."""
-        return EventLoopScripts(self.script, self._server, loop, timeout_s)
+        return EventLoopScripts(self.script, lambda: self.address, loop, timeout_s)
 
     def _keep(self, other: BlockingConnection | ChannelSubscription | SyncConnection) -> None:
         with self._others_lock:

@@ -28,6 +28,22 @@ class ThreadScripts(Protocol):
         ...
 
 
+class ThreadConnection(ThreadScripts, Protocol):
+    """A connection for one thread. `close` may be called from any thread once that thread has ended."""
+
+    def connect(self) -> None:
+        """Connect now, not at the first script. Raises StoreError."""
+        ...
+
+    def abort(self) -> None:
+        """Make the exchange under way fail. For a thread other than the connection's."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection. Never raises."""
+        ...
+
+
 class EventLoopScripts:
     """Runs scripts from a thread over a client's event loop; each call waits at most `timeout_s`.
 
@@ -36,12 +52,12 @@ class EventLoopScripts:
     def __init__(
         self,
         run: Callable[..., Coroutine[Any, Any, Any]],
-        server: ServerState,
+        address: Callable[[], str],
         loop: asyncio.AbstractEventLoop,
         timeout_s: float,
     ) -> None:
         self._run = run
-        self._server = server
+        self._address = address
         self._loop = loop
         self._timeout_s = timeout_s
 
@@ -57,7 +73,7 @@ class EventLoopScripts:
             return answer.result(self._timeout_s)
         except (TimeoutError, CancelledError) as exc:
             answer.cancel()
-            raise StoreUnavailable(f"Redis at {self._server.address} does not answer in time") from exc
+            raise StoreUnavailable(f"Redis at {self._address()} does not answer in time") from exc
 
 
 class SyncConnection:
@@ -85,6 +101,14 @@ class SyncConnection:
             return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
         except FAILURES as exc:
             raise self._failed(exc, "EVALSHA or EVAL") from exc
+
+    def script_asking(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `script`, at a node of a cluster to which the keys' slot is moving."""
+        try:
+            self._redis.execute_command("ASKING")
+            return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+        except FAILURES as exc:
+            raise self._failed(exc, "EVAL") from exc
 
     def connect(self) -> None:
         """Connect now, not at the first script. Raises StoreError."""

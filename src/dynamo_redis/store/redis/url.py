@@ -24,12 +24,15 @@ from dynamo_redis.errors import ConfigError
 
 _FORM: Final = (
     "redis://[user:password@]host:port, rediss://… for TLS, unix:///path/of/the/socket, or"
-    " redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name"
+    " redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name, or"
+    " redis+cluster://[user:password@]node1:6379,node2:6379"
 )
 _SENTINEL_FORM: Final = "redis+sentinel://[user:password@]sentinel1:26379,sentinel2:26379/master-name"
 _SENTINEL_SCHEMES: Final = {"redis+sentinel": "redis", "rediss+sentinel": "rediss"}
 """Schemes with several hosts, and the scheme of the connections to each."""
-_SCHEMES: Final = ("redis", "rediss", "unix", *_SENTINEL_SCHEMES)
+_CLUSTER_FORM: Final = "redis+cluster://[user:password@]node1:6379,node2:6379"
+_CLUSTER_SCHEMES: Final = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
+_SCHEMES: Final = ("redis", "rediss", "unix", *_SENTINEL_SCHEMES, *_CLUSTER_SCHEMES)
 _ENCODE: Final = (
     "in a password write # as %23, / as %2F, ? as %3F, @ as %40, : as %3A, [ as %5B, % as %25, a space as %20"
 )
@@ -41,6 +44,7 @@ _INVALID_OPTION: Final = re.compile(r"Invalid value for '(\w+)'")
 """redis-py's message for an option of a wrong type."""
 _FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")
 _SENTINEL_PORT: Final = 26379
+_NODE_PORT: Final = 6379
 _MOST_SENTINELS_COUNT: Final = 15
 _MASTER_NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 """The names that a Sentinel accepts."""
@@ -58,7 +62,8 @@ class ServerUrl:
     """A checked URL. Made by `parse_server_url`.
 
     `sentinels` and `master_name` are set for a URL of sentinels only. The options of that are for the servers
-    and for the sentinels alike, except user and password.
+    and for the sentinels alike, except user and password. `nodes` is set for a URL of a cluster only: some of
+    its nodes, by which the others are found.
     """
 
     url: str = field(repr=False)
@@ -66,6 +71,7 @@ class ServerUrl:
     sentinels: tuple[Address, ...] = ()
     master_name: str = ""
     sentinel_login: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    nodes: tuple[Address, ...] = ()
 
     @property
     def is_tls(self) -> bool:
@@ -95,10 +101,15 @@ def parse_server_url(url: str) -> ServerUrl:
     scheme = scheme.lower()
     if not found or scheme not in _SCHEMES:
         raise ConfigError(
-            "DYN_REDIS_URL must begin with redis://, rediss://, unix://, redis+sentinel:// or"
-            f" rediss+sentinel://: write {_FORM}"
+            "DYN_REDIS_URL must begin with redis://, rediss://, unix://, redis+sentinel://, redis+cluster://,"
+            f" or rediss+ for TLS to both: write {_FORM}"
         )
-    parsed = _parse_sentinels(scheme, rest) if scheme in _SENTINEL_SCHEMES else ServerUrl(url)
+    if scheme in _SENTINEL_SCHEMES:
+        parsed = _parse_sentinels(scheme, rest)
+    elif scheme in _CLUSTER_SCHEMES:
+        parsed = _parse_cluster(scheme, rest)
+    else:
+        parsed = ServerUrl(url)
     _check_pieces(parsed.url)
     _check_options(parsed.options())
     return parsed
@@ -159,6 +170,26 @@ def _parse_sentinels(scheme: str, rest: str) -> ServerUrl:
     netloc = f"{login}{at}{show_address(sentinels[0])}"
     one = urlunsplit((_SENTINEL_SCHEMES[scheme], netloc, "", query, ""))
     return ServerUrl(one, sentinels, name, tuple(login_of_sentinels.items()))
+
+
+def _parse_cluster(scheme: str, rest: str) -> ServerUrl:
+    """Return the nodes by which a cluster is found. Raises ConfigError."""
+    if "#" in rest:
+        raise ConfigError(f"DYN_REDIS_URL has a # in it: {_ENCODE}")
+    try:
+        pieces = urlsplit(f"//{rest}")
+    except ValueError:
+        raise ConfigError(_wrong_server(rest)) from None
+    login, at, hosts = pieces.netloc.rpartition("@")
+    nodes = parse_hosts(hosts, _NODE_PORT)
+    if pieces.path.strip("/") not in ("", "0"):
+        raise ConfigError(
+            f"DYN_REDIS_URL: behind the nodes of a cluster there are only options: write {_CLUSTER_FORM};"
+            f" {_ENCODE}"
+        )
+    netloc = f"{login}{at}{show_address(nodes[0])}"
+    one = urlunsplit((_CLUSTER_SCHEMES[scheme], netloc, "", pieces.query, ""))
+    return ServerUrl(one, nodes=nodes)
 
 
 def parse_hosts(text: str, default_port: int) -> tuple[Address, ...]:
@@ -227,7 +258,10 @@ def _check_query(query: str) -> None:
 def _wrong_server(rest: str) -> str:
     host = rest.rpartition("@")[2]
     if "," in host:
-        return f"DYN_REDIS_URL names several servers: give one, or sentinels, as {_SENTINEL_FORM}; {_ENCODE}"
+        return (
+            f"DYN_REDIS_URL names several servers: give one, or sentinels, as {_SENTINEL_FORM}, or nodes of a"
+            f" cluster, as {_CLUSTER_FORM}; {_ENCODE}"
+        )
     return f"DYN_REDIS_URL: its host:port is not understood; an IPv6 address is written [::1]:6379; {_ENCODE}"
 
 

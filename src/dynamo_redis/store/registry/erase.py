@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
 
 _GLOB = re.compile(r"([*?\[\]\\^])")
 _KEYS_A_CALL = 500
@@ -15,7 +15,7 @@ async def erase_prefix(url: str, prefix: str, *, timeout_s: float = 3.0) -> int:
 
     No process may use the registry any more: a key that is written meanwhile may stay.
     """
-    client = RedisClient(url, timeout_s=timeout_s)
+    client = open_client(url, timeout_s=timeout_s)
     erased = 0
     try:
         for tag in (f"{{{prefix}}}", f"{{{prefix}/"):  # the registry's own tag, and those below it

@@ -26,9 +26,9 @@ from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import LeaseNotFound, StoreError
 from dynamo_redis.store.base import LeaseId, Revision
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, RegistryKeys
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.server_errors import is_full
-from dynamo_redis.store.redis.threads import SyncConnection
+from dynamo_redis.store.redis.threads import ThreadConnection
 from dynamo_redis.store.registry.change_log import is_revision, order
 from dynamo_redis.store.registry.scripts_api import (
     KeyValue,
@@ -158,7 +158,7 @@ class Keepalive:
 
     def __init__(
         self,
-        client: RedisClient,
+        client: StoreClient,
         keys: RegistryKeys,
         lease: LeaseId,
         chain: WriterChain,
@@ -207,7 +207,7 @@ class Keepalive:
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._connection: SyncConnection | None = None
+        self._connection: ThreadConnection | None = None
         self._step_began_at = float("inf")  # the exchange that the thread may be in
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
@@ -259,7 +259,7 @@ class Keepalive:
         return now + max(0.0, self._deadline - now) * RENEW_AFTER
 
     def _run(self) -> None:
-        connection = self._client.sync(self._attempt_s)
+        connection = self._client.sync(self._attempt_s, key=self._keys.meta)
         self._connection, self._step_began_at = connection, time.monotonic()
         try:
             with suppress(StoreError):
@@ -275,7 +275,7 @@ class Keepalive:
         finally:
             connection.close()
 
-    def _renew_and_watch(self, connection: SyncConnection) -> None:
+    def _renew_and_watch(self, connection: ThreadConnection) -> None:
         stalled_s = time.monotonic() - self._beat_at
         try:
             if stalled_s >= self._loop_stall_s:
@@ -306,7 +306,7 @@ class Keepalive:
         remaining_s = self._deadline - time.monotonic()
         self._renew_at = time.monotonic() + (min(wait_s, remaining_s / 2) if remaining_s > 0 else wait_s)
 
-    def _renew(self, connection: SyncConnection) -> None:
+    def _renew(self, connection: ThreadConnection) -> None:
         with self._lock:
             grant, incarnation = self._grant_count, self._incarnation
         mark = self._chain.observe()
@@ -331,7 +331,7 @@ class Keepalive:
         if self._chain.diverged(mark, renewal.last_write):
             self._disturb("the registry lost a write")
 
-    def _send_renewal(self, connection: SyncConnection, incarnation: str) -> tuple[Renewal, float]:
+    def _send_renewal(self, connection: ThreadConnection, incarnation: str) -> tuple[Renewal, float]:
         """Renew over the thread's own connection, or over the event loop's if the server has no room for it.
 
         Returns the renewal, and the time at which it was sent."""
@@ -346,7 +346,7 @@ class Keepalive:
         shared, sent_at = self._client.from_thread(self._loop, self._attempt_s), time.monotonic()
         return keep_alive(shared, keys, incarnation, lease, ttl_s), sent_at
 
-    def _watch_loop(self, connection: SyncConnection, stalled_s: float) -> None:
+    def _watch_loop(self, connection: ThreadConnection, stalled_s: float) -> None:
         if stalled_s >= STALL_TTLS * self._ttl_s:
             if not self._hangs:
                 self._hangs = True
@@ -366,7 +366,7 @@ class Keepalive:
             self._gave_up = True
             logger.error("the event loop hangs since %.1f s: giving up the lease", stalled_s)
 
-    def _write_from_thread(self, connection: SyncConnection, puts: Sequence[OwnedPut]) -> None:
+    def _write_from_thread(self, connection: ThreadConnection, puts: Sequence[OwnedPut]) -> None:
         operation = new_operation()
         self._chain.begin(operation)
         try:

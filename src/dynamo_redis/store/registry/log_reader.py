@@ -80,7 +80,7 @@ class LogReader:
         self._lost: str | None = None
         self._supervisor = Supervisor(logger, "registry log reader")
         self._loading = asyncio.Lock()
-        self._connection = kv.client.blocking()
+        self._connection = kv.client.blocking(kv.keys.log)
         self._task: asyncio.Task[None] | None = None
         self._loads: set[asyncio.Task[None]] = set()
         self._many_processes = True

@@ -18,8 +18,8 @@ from dynamo_redis.histogram import HistogramReading
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Record, Registration, Revision, Snapshot, Watch
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, check_prefix, format_lease
-from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.health import Health
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.registry.change_log import (
     Change,
     Position,
@@ -187,7 +187,7 @@ class ReadOnlyRegistry(KeyOperations):
     def __init__(self, settings: StoreSettings) -> None:
         self._lease = LeaseId(new_instance_id())
         self._ttl_s = settings.lease_ttl_s
-        self._client = RedisClient(
+        self._client = open_client(
             settings.require_url(),
             timeout_s=settings.command_timeout_s,
             client_name=f"dynamo-redis:{self._lease:x}",

@@ -167,7 +167,9 @@ class Reaper:
             subscription: ChannelSubscription | None = None
             try:
                 await self._allow_notifications()
-                subscription = await self._kv.client.subscribe(self._kv.keys.lease_channel)
+                subscription = await self._kv.client.subscribe(
+                    self._kv.keys.lease_channel, beside=self._kv.keys.meta
+                )
                 await self._tick()  # for leases that ended before the subscription
                 backoff.reset()
                 while self._pace.lease_count <= 2 * LISTENERS_COUNT:
@@ -196,13 +198,13 @@ class Reaper:
 
     async def _allow_notifications(self) -> None:
         """Switch on the notifications that hints need, in addition to those in use, if that is allowed."""
-        client = self._kv.client
+        client, meta = self._kv.client, self._kv.keys.meta
         try:
-            reply = await client.execute("CONFIG", "GET", "notify-keyspace-events")
+            reply = await client.execute("CONFIG", "GET", "notify-keyspace-events", beside=meta)
             flags = reply[1].decode() if reply else ""
             wanted = "K" if "A" in flags else FLAGS
             missing = "".join(flag for flag in wanted if flag not in flags)
             if missing:
-                await client.execute("CONFIG", "SET", "notify-keyspace-events", flags + missing)
+                await client.execute("CONFIG", "SET", "notify-keyspace-events", flags + missing, beside=meta)
         except StoreRefused as exc:
             logger.debug("expiry notifications stay as they are: %s", exc)

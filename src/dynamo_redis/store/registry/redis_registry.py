@@ -21,8 +21,9 @@ from dynamo_redis.histogram import HistogramReading
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Registration, Revision, Watch
 from dynamo_redis.store.keys import RegistryKeys, check_key, check_prefix
-from dynamo_redis.store.redis.client import CLOSE_TIMEOUT_S, RedisClient
+from dynamo_redis.store.redis.client import CLOSE_TIMEOUT_S
 from dynamo_redis.store.redis.health import Health
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.registry.change_log import Change, check_revision
 from dynamo_redis.store.registry.lease import Keepalive, WriterChain
 from dynamo_redis.store.registry.log_reader import LogReader, spread_s
@@ -39,7 +40,7 @@ class RedisRegistry(KeyOperations):
 
     def __init__(self, settings: StoreSettings, *, instance_id: LeaseId | None = None) -> None:
         self._lease = LeaseId(new_instance_id()) if instance_id is None else instance_id
-        self._client = RedisClient(
+        self._client = open_client(
             settings.require_url(),
             timeout_s=settings.command_timeout_s,
             client_name=f"dynamo-redis:{self._lease:x}",

@@ -28,8 +28,8 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease, transaction_too_large
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.blocking import Argument
-from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.page_size import PAGE_BYTES, PageSize
 from dynamo_redis.store.redis.threads import ThreadScripts
 from dynamo_redis.store.registry.change_log import (
@@ -271,7 +271,7 @@ class KeyValue:
     _TICK: Final = load_script("registry_tick", *_PRELUDES)
     _REVOKE: Final = load_script("registry_revoke", *_PRELUDES)
 
-    def __init__(self, client: RedisClient, keys: RegistryKeys) -> None:
+    def __init__(self, client: StoreClient, keys: RegistryKeys) -> None:
         self.client = client
         self.keys = keys
         self.log_page = PageSize(PAGE_ENTRIES_COUNT)
@@ -324,7 +324,7 @@ class KeyValue:
     async def client_count(self) -> int:
         """Return the number of connections of all processes to the server; 0 if INFO is not allowed."""
         try:
-            found = CLIENT_COUNT.search(await self.client.execute("INFO", "clients"))
+            found = CLIENT_COUNT.search(await self.client.execute("INFO", "clients", beside=self.keys.meta))
         except StoreRefused:
             return 0
         return int(found[1]) if found else 0

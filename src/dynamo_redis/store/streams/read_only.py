@@ -24,7 +24,7 @@ from dynamo_redis.store.event_base import (
     just_before,
 )
 from dynamo_redis.store.keys import StreamKeys
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.streams.readers import RedisEventTail, check_schema, server_time_ms
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
@@ -95,7 +95,7 @@ class ReadOnlyEventStreams(RedisEventStreams):
         seen = dict(zip(signs[::2], map(float, signs[1::2]), strict=True))
         now_ms = int(clock_ms or 0)
         if int(seen_ms or 0) > 0:
-            passed_ms = await _time_ms(self._client) - int(seen_ms)
+            passed_ms = await _time_ms(self._client, keys) - int(seen_ms)
             now_ms += max(0, min(passed_ms, _LONGEST_STEP_MS))
         found = [await self._group(keys, length, _named(group), seen, now_ms) for group in groups]
         return StreamInfo(
@@ -144,13 +144,13 @@ def _refuse() -> NoReturn:
 
 class _ReadOnlyTail(RedisEventTail):
     async def _time_ms(self) -> int:
-        return await _time_ms(self._client)
+        return await _time_ms(self._client, self._keys)
 
 
-async def _time_ms(client: RedisClient) -> int:
+async def _time_ms(client: StoreClient, keys: StreamKeys) -> int:
     """Return the server's clock, or this machine's where the user has no right to ask for it."""
     try:
-        return await server_time_ms(client)
+        return await server_time_ms(client, keys)
     except StoreRefused:
         return round(time.time() * 1000)
 

@@ -29,8 +29,8 @@ from dynamo_redis.store.event_base import (
     just_before,
 )
 from dynamo_redis.store.keys import StreamKeys
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.blocking import Argument, pack, pack_word
-from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.page_size import PageSize
 from dynamo_redis.store.scripts import Script, load_script
 
@@ -53,7 +53,7 @@ SILENCE_MS = round(3 * GROUP_TTL_S * 1000)
 
 
 async def stream_script(
-    client: RedisClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
+    client: StoreClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
 ) -> list[Any]:
     """Run a stream's script until it is complete; return the rest of its `ok` answer.
 
@@ -95,10 +95,10 @@ def _schema_mismatch(stream: StreamName, found: bytes) -> SchemaMismatch:
 class _Reader(ABC):
     """Base of both readers: reads on a connection of its own, and waits after failures."""
 
-    def __init__(self, client: RedisClient, keys: StreamKeys) -> None:
+    def __init__(self, client: StoreClient, keys: StreamKeys) -> None:
         self._client = client
         self._keys = keys
-        self._connection = client.blocking()
+        self._connection = client.blocking(keys.events)
         self._page = PageSize(READ_COUNT, page_bytes=READ_BYTES)
         self._backoff = Backoff()
         self._failed = False
@@ -133,7 +133,7 @@ class _Reader(ABC):
 class RedisEventGroup(_Reader):
     """`EventGroup` on a consumer group. For one task; a cancelled read loses nothing."""
 
-    def __init__(self, client: RedisClient, keys: StreamKeys, name: str) -> None:
+    def __init__(self, client: StoreClient, keys: StreamKeys, name: str) -> None:
         super().__init__(client, keys)
         self.name: Final = name
         self._last = BEGINNING
@@ -240,7 +240,7 @@ class RedisEventTail(_Reader):
     """`EventTail` by XREAD. For one task."""
 
     def __init__(
-        self, client: RedisClient, keys: StreamKeys, after: EntryId | None, max_age_s: float
+        self, client: StoreClient, keys: StreamKeys, after: EntryId | None, max_age_s: float
     ) -> None:
         super().__init__(client, keys)
         self._after = after
@@ -263,12 +263,12 @@ class RedisEventTail(_Reader):
         return entries
 
     async def _time_ms(self) -> int:
-        return await server_time_ms(self._client)
+        return await server_time_ms(self._client, self._keys)
 
 
-async def server_time_ms(client: RedisClient) -> int:
-    """Return the server's clock. Raises StoreError."""
-    seconds, microseconds = map(int, await client.execute("TIME"))
+async def server_time_ms(client: StoreClient, keys: StreamKeys) -> int:
+    """Return the clock of a stream's server. Raises StoreError."""
+    seconds, microseconds = map(int, await client.execute("TIME", beside=keys.events))
     return seconds * 1000 + microseconds // 1000
 
 

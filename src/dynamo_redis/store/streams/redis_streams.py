@@ -39,7 +39,9 @@ from dynamo_redis.store.event_base import (
     TopicSubscription,
 )
 from dynamo_redis.store.keys import StreamKeys, stream_of_key, stream_pattern
-from dynamo_redis.store.redis.client import Argument, RedisClient
+from dynamo_redis.store.redis.base import StoreClient
+from dynamo_redis.store.redis.blocking import Argument
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.redis.subscription import ChannelSubscription
 from dynamo_redis.store.scripts import load_script
 from dynamo_redis.store.streams.readers import (
@@ -66,7 +68,7 @@ class RedisEventStreams:
     """`EventStreams` on one Redis or Valkey. `aclose` closes the client; readers are closed by their
     owners."""
 
-    def __init__(self, client: RedisClient, prefix: str, settings: EventSettings) -> None:
+    def __init__(self, client: StoreClient, prefix: str, settings: EventSettings) -> None:
         self._client = client
         self._prefix = prefix
         self._settings = settings
@@ -79,7 +81,7 @@ class RedisEventStreams:
         """Return streams with a client of their own, not yet connected. Raises ConfigError if no server is
         configured."""
         url, timeout_s = store.require_url(), store.command_timeout_s
-        client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-events")
+        client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-events")
         return cls(client, store.prefix, events)
 
     # ------------------------------------------------------------------ streams
@@ -130,7 +132,7 @@ class RedisEventStreams:
 
     async def time_ms(self, stream: StreamName) -> int:
         """As `EventStreams.time_ms`."""
-        return await server_time_ms(self._client)
+        return await server_time_ms(self._client, self._keys(stream))
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
         """As `EventStreams.trim`. Raises StreamLost if there is no stream."""

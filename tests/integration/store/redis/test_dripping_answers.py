@@ -75,5 +75,6 @@ async def test_keepalive_leaves_a_dripping_connection(
 
 def _own_ports(keepalive: Keepalive) -> set[int]:
     """Return the local ports of the connections that the thread uses now."""
-    under_way: Any = keepalive._connection and tuple(keepalive._connection._pool._in_use_connections)
+    connection: Any = keepalive._connection
+    under_way: Any = connection and tuple(connection._pool._in_use_connections)
     return {found._sock.getsockname()[1] for found in under_way or () if found._sock is not None}

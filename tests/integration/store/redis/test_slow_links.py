@@ -20,6 +20,7 @@ from dynamo_redis.store.objects.chunks import ObjectTimes
 from dynamo_redis.store.objects.content import CHUNK_BYTES
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis import blocking, deadline
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.blocking import pack
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.page_size import PAGE_BYTES
@@ -276,13 +277,13 @@ async def test_same_content_is_sent_once_over_a_slow_link(
     assert sent == [len(content)]
 
 
-def _note_sizes(client: RedisClient, sent: list[int]) -> None:
+def _note_sizes(client: StoreClient, sent: list[int]) -> None:
     """Record the size of each chunk that this client sends."""
     execute = client.execute
 
-    async def noted(*command: Any) -> Any:
+    async def noted(*command: Any, **options: Any) -> Any:
         if command[0] == "SET" and isinstance(command[2], bytes):
             sent.append(len(command[2]))
-        return await execute(*command)
+        return await execute(*command, **options)
 
     client.execute = noted  # type: ignore[method-assign]

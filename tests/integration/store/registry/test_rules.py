@@ -67,7 +67,7 @@ async def test_a_key_of_an_ended_lease_can_be_created_at_once(kv: KeyValue) -> N
 async def test_a_lease_that_has_ended_is_not_revived(kv: KeyValue) -> None:
     position = await kv.initialize()
     await kv.write([OwnedPut("k", b"")], lease=ME, ttl_s=10)
-    connection = kv.client.sync(3.0)
+    connection = kv.client.sync(3.0, key=kv.keys.meta)
     try:
         renewal = await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)
         written = await kv.position()

@@ -82,3 +82,35 @@ def test_sentinel_url_error_shows_no_password(password: str, rest: str) -> None:
         RedisClient(f"redis+sentinel://u:{password}{rest}", timeout_s=1.0)
     for piece in ("Hunter", "Wc903z", "2pass", "57", "er2"):
         assert piece not in str(error.value)
+
+
+# ---------------------------------------------------------------------- clusters
+
+
+def test_cluster_url_names_some_nodes() -> None:
+    url = parse_server_url(f"redis+cluster://ann:{SECRET}@n1,N2:6380,[::1]:7,n1:6379?socket_keepalive=yes")
+    assert url.nodes == (("n1", 6379), ("n2", 6380), ("::1", 7))
+    assert (url.sentinels, url.is_tls) == ((), False)
+    options = url.options()
+    assert (options["username"], options["password"], options["socket_keepalive"]) == ("ann", SECRET, True)
+    assert SECRET not in repr(url)
+    assert parse_server_url("rediss+cluster://n1/0?ssl_cert_reqs=none").is_tls
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("redis+cluster://n1,n2/mymaster", "there are only options"),
+        ("redis+cluster://n1:port", "host:port is not understood"),
+        ("redis+cluster://n1,,n2", "host:port is not understood"),
+        ("redis+cluster://", "host:port is not understood"),
+        (f"redis+cluster://ann:{SECRET}#@n1", "%23"),
+        ("redis+cluster://n1?no_such_option=1", "there is no option 'no_such_option'"),
+        ("redis://n1:1,n2:2", "redis+cluster://"),
+    ],
+)
+def test_wrong_cluster_url_is_explained(url: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_server_url(url)
+    assert says in str(error.value)
+    assert SECRET not in str(error.value)

@@ -1,0 +1,1 @@
+"""Redis Cluster and Valkey Cluster: which node serves a key, and the connections to it."""
