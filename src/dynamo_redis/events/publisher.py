@@ -10,6 +10,10 @@ When the queue is full events are left out. They take their sequences, so a read
 publisher's process for the events it missed. The queue accepts events again when all that wait have been
 sent; then a batch without events has the next sequence, and so shows the gap.
 
+Round trips have a *pace*, too: after `BURST_COUNT` in quick succession, an open batch waits until the
+publisher's share of the trips that all publishers may make together is due. So a thousand publishers with
+some events a second each send several together.
+
 A publisher that is silent sends a batch without events from time to time. A reader that lost the last events
 (a message without a receiver, a write lost with a failover) then need not wait for the next event to see it.
 
@@ -22,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -40,6 +45,8 @@ log = logging.getLogger(__name__)
 BATCH_BYTES: Final = 256 << 10
 """A batch is closed when its events have this size."""
 TRIP_BATCHES_COUNT: Final = 8
+BURST_COUNT: Final = 20
+"""Round trips that do not wait for the pace, after a time in which none was made."""
 """Most batches of one round trip."""
 CLOSE_S: Final = 1.0
 """Longest time that `aclose` waits until the events are sent."""
@@ -77,6 +84,7 @@ class EventPublisher:
         "_linger_s",
         "_look_at",
         "_max_age_s",
+        "_on_pace_at",
         "_only_while_read",
         "_open",
         "_open_bytes",
@@ -91,6 +99,7 @@ class EventPublisher:
         "_streams",
         "_task",
         "_timer",
+        "_trips_per_s",
         "_trouble",
         "_wakes_count",
         "is_resting",
@@ -108,6 +117,7 @@ class EventPublisher:
         durable: bool = True,
         max_age_s: float | None = None,
         only_while_read: bool = False,
+        trips_per_s: Callable[[], float] | None = None,
     ) -> None:
         """Make a publisher that does not send yet.
 
@@ -119,6 +129,8 @@ class EventPublisher:
             durable: whether it is a stream; False for a topic.
             max_age_s: as in `EventStreams.append`.
             only_while_read: whether it checks by itself if its stream has readers, and rests without them.
+            trips_per_s: returns its pace: the round trips a second that it may make in the long run; full
+                batches are sent in any case. None: no pace.
         """
         self._streams = streams
         self._stream = stream
@@ -126,6 +138,9 @@ class EventPublisher:
         self._durable = durable
         self._max_age_s = max_age_s
         self._only_while_read = only_while_read
+        self._trips_per_s = trips_per_s
+        self._on_pace_at = 0.0
+        """The time by which the trips made so far would have been made at the pace."""
         self._linger_s = settings.event_linger_s
         self._batch_count = settings.event_batch_count
         self._limit_count = settings.event_queue_count
@@ -219,8 +234,16 @@ class EventPublisher:
             self._close_batch()
             self._due.set()
         elif sequence == self._first:
-            self._set_timer(self._linger_s)
+            self._set_timer(
+                self._linger_s if self._trips_per_s is None else self._wait_s(self._trips_per_s())
+            )
         return sequence
+
+    def _wait_s(self, trips_per_s: float) -> float:
+        """Return for how long a batch waits that is opened now: for the linger, or for its turn."""
+        share_s = 1 / trips_per_s
+        turn_s = self._on_pace_at - (BURST_COUNT - 1) * share_s - asyncio.get_running_loop().time()
+        return max(self._linger_s, min(turn_s, share_s))
 
     def _leave_out(self) -> None:
         """Count an event that has no room. The first one begins a gap."""
@@ -329,6 +352,9 @@ class EventPublisher:
             log.info("%s: events are sent again", self._stream.path)
         if rests_count != self._rests_count:  # `rest` has dropped these events meanwhile
             return
+        if self._trips_per_s is not None:
+            now = asyncio.get_running_loop().time()
+            self._on_pace_at = max(self._on_pace_at, now) + 1 / self._trips_per_s()
         event_count = sum(entry.event_count for entry in entries)
         self._closed_bytes -= sum(len(entry.content) for entry in entries)
         self._sent_sequence += event_count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Self
+from typing import Final, Self
 
 from dynamo_redis.config import EventSettings
 from dynamo_redis.events.kv_dump import KvDump
@@ -17,6 +17,11 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.wire.event import PublisherId
 from dynamo_redis.wire.topics import KV_DUMP
+
+TRIPS_PER_S: Final = 5000.0
+"""Round trips a second of all publishers together, as far as one process can know: each takes its share."""
+LEAST_TRIPS_PER_S: Final = 5.0
+"""The least share, also beyond a thousand publishers: an event waits a fifth of a second at most."""
 
 
 class WorkerEvents:
@@ -65,11 +70,16 @@ class WorkerEvents:
             self._settings,
             durable=self._settings.event_plane == "stream",
             only_while_read=self._settings.event_plane == "stream",
+            trips_per_s=self._trips_per_s,
         )
         rank = KvPublisher(publisher, block_size=self._block_size, dp_rank=dp_rank)
         self._publishers[dp_rank] = publisher
         self._ranks[publisher_id] = rank
         return rank
+
+    def _trips_per_s(self) -> float:
+        """Return a rank's share of the round trips of all publishers."""
+        return max(TRIPS_PER_S / self._runtime.registry.process_count, LEAST_TRIPS_PER_S)
 
     async def start(self) -> Self:
         """Begin to send the events of the ranks made so far, and serve `kv_dump`. Idempotent; call it again

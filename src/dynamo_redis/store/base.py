@@ -197,6 +197,11 @@ class Registry(Protocol):
         ...
 
     @property
+    def process_count(self) -> int:
+        """Number of processes that hold a lease, as far as this one knows: it is at most some seconds old."""
+        ...
+
+    @property
     def lease_losses(self) -> int:
         """Number of times that the lease was granted again since the start."""
         ...

@@ -105,9 +105,17 @@ async def publisher_of(store: Store) -> AsyncIterator[Publish]:
     """Makes publishers, not started; closes them."""
     made: list[EventPublisher] = []
 
-    def make(*, durable: bool = True, only_while_read: bool = False, **settings: Any) -> EventPublisher:
+    def make(
+        *,
+        durable: bool = True,
+        only_while_read: bool = False,
+        trips_per_s: float | None = None,
+        **settings: Any,
+    ) -> EventPublisher:
         chosen = EventSettings.load(**{"event_linger_s": 0.0, **settings})
-        options = {"durable": durable, "only_while_read": only_while_read}
+        options: dict[str, Any] = {"durable": durable, "only_while_read": only_while_read}
+        if trips_per_s is not None:
+            options["trips_per_s"] = lambda: trips_per_s
         made.append(EventPublisher(store, STREAM, PUBLISHER, chosen, **options))
         return made[-1]
 
@@ -433,3 +441,40 @@ async def test_publisher_at_rest_sends_nothing(store: Store, publisher_of: Publi
     publisher.publish("unheard")
     await anyio.sleep(0.05)
     assert store.trips == []
+
+
+# --------------------------------------------------------------------------- the pace
+
+
+async def test_trips_after_a_burst_wait_for_the_pace(store: Store, publisher_of: Publish) -> None:
+    publisher = publisher_of(trips_per_s=0.001)
+    await publisher.start()
+    for number in range(event_publisher.BURST_COUNT):
+        publisher.publish(number)
+        await until(lambda: len(store.trips) == publisher.next_sequence)
+    for number in range(5):
+        publisher.publish(number)
+        await asyncio.sleep(0.01)
+    assert len(store.trips) == event_publisher.BURST_COUNT
+    assert await publisher.flush(WAIT_S)
+    assert [len(batch.events) for batch in store.batches[event_publisher.BURST_COUNT :]] == [5]
+
+
+async def test_full_batch_does_not_wait_for_the_pace(store: Store, publisher_of: Publish) -> None:
+    publisher = publisher_of(trips_per_s=0.001, event_batch_count=4)
+    await publisher.start()
+    for number in range(4 * (event_publisher.BURST_COUNT + 10)):
+        publisher.publish(number)
+    await until(lambda: sum(len(batch.events) for batch in store.batches) == publisher.next_sequence)
+
+
+async def test_event_waits_a_share_of_the_pace_at_most(store: Store, publisher_of: Publish) -> None:
+    """Full batches, which do not wait, are no debt of later ones."""
+    publisher = publisher_of(trips_per_s=1.0, event_batch_count=2)
+    await publisher.start()
+    for number in range(2000):
+        publisher.publish(number)
+        if number % 16 == 15:
+            await publisher.flush(WAIT_S)
+    publisher.publish("last")
+    await until(lambda: store.batches[-1].events == ["last"])

@@ -58,7 +58,8 @@ _BLOCK_S = 1.0
 _OLD_BLOCK_S = 0.01  # for a read of old messages
 
 PACE_S = 0.005
-"""Shortest time between two reads while other routers send: late bookings make for worse choices."""
+"""Shortest time between two reads while other routers send, and in the long run between two messages of this
+one: late bookings make for worse choices."""
 
 
 def owner_name(publisher: PublisherId) -> str:
@@ -92,7 +93,9 @@ class BookingSync:
         self._records = kv_routers_prefix(namespace, component)
         self._stream = StreamName(namespace, component, ACTIVE_SEQUENCES)
         self._owner = owner_name(publisher)
-        self._publisher = EventPublisher(streams, self._stream, publisher, settings, max_age_s=_KEPT_S)
+        self._publisher = EventPublisher(
+            streams, self._stream, publisher, settings, max_age_s=_KEPT_S, trips_per_s=lambda: 1 / PACE_S
+        )
         self._book = book
         self._bookings = bookings
         self._clock = clock

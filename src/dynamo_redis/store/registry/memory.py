@@ -63,6 +63,11 @@ class MemoryServer:
         self._revision_count = 0
         self._begin()
 
+    @property
+    def lease_count(self) -> int:
+        """Number of leases, among them ended ones that are not reaped yet."""
+        return len(self._deadlines)
+
     def _begin(self) -> None:
         self.incarnation = new_operation()
         self.records: dict[str, Record] = {}
@@ -314,6 +319,10 @@ class MemoryRegistry(KeyOperations):
     @property
     def lease_ttl_s(self) -> float:
         return self._ttl_s
+
+    @property
+    def process_count(self) -> int:
+        return self._server.lease_count
 
     @property
     def lease_losses(self) -> int:

@@ -217,6 +217,10 @@ class ReadOnlyRegistry(KeyOperations):
         return None
 
     @property
+    def process_count(self) -> int:
+        return 1
+
+    @property
     def lease_losses(self) -> int:
         return 0
 

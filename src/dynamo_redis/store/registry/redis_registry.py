@@ -109,6 +109,10 @@ class RedisRegistry(KeyOperations):
         return self._health.write_refusal
 
     @property
+    def process_count(self) -> int:
+        return self._reader.process_count
+
+    @property
     def lease_losses(self) -> int:
         return self._registrations.lease_losses
 
