@@ -132,6 +132,7 @@ class _Up:
         # With an embedded server, the settings must not take the server of another running `up`.
         self._store = load(StoreSettings, options if server is None else {**options, "redis_url": server.url})
         runtime, chosen = load(RuntimeSettings, options), origins(RuntimeSettings, _given(options))
+        self._embeds = load(ModelSettings, options).model_type == "embedding"
         self._drain_s = DRAIN_S if chosen["drain_s"] == "default" else runtime.drain_s
         # The status line shows the joins and leaves that the services log at `info`.
         self._log = "warn" if chosen["log"] == "default" else runtime.log
@@ -207,7 +208,7 @@ class _Up:
         notice(f"  {embedded} at {redact(store.require_url())}, prefix {store.prefix}")
         if self._deployment.models:
             notice("Try it:")
-            notice(f"  {curl_line(url, self._deployment.models[0])}")
+            notice(f"  {curl_line(url, self._deployment.models[0], embeds=self._embeds)}")
         else:
             notice("No worker runs. Start one beside it: dynamo-redis worker mock")
         notice("Ctrl-C stops everything.")
@@ -297,10 +298,11 @@ class _Up:
         return {name: value for name, value in environment.items() if name.upper() not in unknown}
 
 
-def curl_line(url: str, model: str) -> str:
-    """Return a command for a POSIX shell that sends the model a chat."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
-    words = ("curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
+def curl_line(url: str, model: str, *, embeds: bool = False) -> str:
+    """Return a command for a POSIX shell that sends the model a chat, or a text if it `embeds`."""
+    path, field = ("embeddings", "input") if embeds else ("chat/completions", "messages")
+    body = {"model": model, field: "Hello!" if embeds else [{"role": "user", "content": "Hello!"}]}
+    words = ("curl", f"{url}/v1/{path}", "-H", "Content-Type: application/json", "-d", json.dumps(body))
     return shlex.join(words)
 
 

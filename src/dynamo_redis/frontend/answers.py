@@ -97,6 +97,14 @@ class AnswerDecoder:
         """As counted by the engine; None if it did not count."""
         self.cached_tokens: int | None = None
 
+    held: Sequence[Any] = ()
+    """What `feed` has not decoded of its item, so that other requests have their turn; not empty only for
+    embeddings."""
+
+    def feed_held(self) -> str:
+        """Return the text of the next part of what is held. Raises PlaneError."""
+        return ""
+
     @property
     def keeps_logprobs(self) -> bool:
         """True if `logprobs` are kept."""

@@ -33,11 +33,13 @@ from dynamo_redis.frontend.http.responses import send_json
 from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord, error_type
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.frontend.model import Model
+from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import OBSERVATION, Observation
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.parameters import check_headers, unsupported
 from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.llm_protocol import EmbeddingRequest, GenerateRequest
 from dynamo_redis.planes.context import Context, current_request
 from dynamo_redis.router.prompts import OVERRIDE
@@ -211,18 +213,26 @@ class Completions:
         contexts: list[Context],
         record: RequestRecord,
     ) -> Exchange:
-        assert model.loaded is not None
-        tokenizer = model.loaded.tokenizer
-
         async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
             return await self._models.generate(model, request, context, excluded)
 
+        assert model.loaded is not None
         if isinstance(body, EmbeddingOptions):
-            [request], [context] = requests, contexts
-            token_ids = cast("EmbeddingRequest", request)["token_ids"]
-            decoder = EmbeddingDecoder(tokenizer.detokenizer(), body, token_ids)
-            choice = CompletionChoice(0, request, decoder, context)
-            return Exchange(form, [choice], generate, record, self._overload_status)
+            choices = [_embeddings(body, requests[0], contexts[0], model.loaded.tokenizer)]
+        else:
+            choices = self._answers(model, model.loaded, body, requests, contexts)
+        return Exchange(form, choices, generate, record, self._overload_status)
+
+    def _answers(
+        self,
+        model: Model,
+        loaded: LoadedModel,
+        body: CompletionOptions,
+        requests: list[GenerateRequest],
+        contexts: list[Context],
+    ) -> list[CompletionChoice]:
+        """Return a choice for each request."""
+        tokenizer = loaded.tokenizer
         limit = self._migration_limit
         if limit is None:
             limit = self._models.migration_limit(model)
@@ -232,8 +242,8 @@ class Completions:
             decoders = [
                 partial(EchoingDecoder, tokenizer.decode(request["token_ids"])) for request in requests
             ]
-        parsed = model.loaded.parsing.of_request(body)
-        choices = [
+        parsed = loaded.parsing.of_request(body)
+        return [
             CompletionChoice(
                 index,
                 request,
@@ -242,7 +252,7 @@ class Completions:
                     body.stops,
                     keeps_stop=body.keeps_stops,
                     keeps_tokens=limit > 0,
-                    most_tokens=model.loaded.context_length + SLACK_TOKENS,
+                    most_tokens=loaded.context_length + SLACK_TOKENS,
                     token_bytes=None if body.wanted_logprobs is None else tokenizer.token_bytes,
                     top_count=body.wanted_logprobs or 0,
                     reasoning=parsed.counter(tokenizer, request["token_ids"]),
@@ -255,7 +265,14 @@ class Completions:
                 zip(requests, contexts, decoders, strict=True)
             )
         ]
-        return Exchange(form, choices, generate, record, self._overload_status)
+
+
+def _embeddings(
+    body: EmbeddingOptions, request: GenerateRequest, context: Context, tokenizer: Tokenizer
+) -> CompletionChoice:
+    """Return the choice of a request for embeddings: all of them are one answer."""
+    token_ids = cast("EmbeddingRequest", request)["token_ids"]
+    return CompletionChoice(0, request, EmbeddingDecoder(tokenizer.detokenizer(), body, token_ids), context)
 
 
 def _refusal(error: Exception | asyncio.CancelledError) -> ApiError:

@@ -280,6 +280,9 @@ class Exchange:
         try:
             for item in items:
                 texts.append(answer.feed(item))
+                while answer.held:
+                    await asyncio.sleep(0)
+                    texts.append(answer.feed_held())
                 if answer.finish_reason is not None:
                     break
         finally:  # also before an item that is none

@@ -61,7 +61,7 @@ def make_card(
     of request that the files allow.
     """
     config = runtime_config or RuntimeConfig()
-    if model_type == "embedding":
+    if model_type == "embedding" and config.matryoshka is None:
         config = config.model_copy(update={"matryoshka": model.matryoshka})
     return ModelCard(
         display_name=model_name,

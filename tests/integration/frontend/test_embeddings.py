@@ -211,14 +211,26 @@ async def test_bad_input_is_refused(embedder: Any, case: str) -> None:
     assert not embedder.worker.requests
 
 
+async def test_long_items_are_embedded(embedder: Any) -> None:
+    async def at_once(request: Any, context: Context) -> AsyncGenerator[Any]:
+        yield {"embeddings": [[float(number)] * 4096 for number in range(len(request["token_ids"]))]}
+
+    embedder.worker.script = at_once
+    answer = await embedder.client.embeddings.create(model="vectors", input=["a"] * 100)
+    assert [each.embedding[0] for each in answer.data] == list(range(100))
+
+
 async def test_unknown_model_is_not_found(embedder: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         await embedder.client.embeddings.create(model="nowhere", input="Hi")
 
 
 async def test_requests_for_embeddings_are_counted(embedder: Any) -> None:
-    await embedder.http.post(PATH, json=BODY)
+    await embedder.http.post(PATH, json={**BODY, "input": ["a", "b", "c"]})
     await embedder.http.post(PATH, json={})
+    # Items of embeddings are no tokens.
+    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "output_sequence_tokens"):
+        assert (await samples(embedder, f"{name}_count")).get("", 0.0) == 0
     assert (await samples(embedder, "requests_total"))["embeddings"] == 1
     assert (await samples(embedder, "requests_refused_total"))["embeddings"] == 1
     assert (await samples(embedder, "inflight_requests"))[""] == 0

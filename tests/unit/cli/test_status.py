@@ -74,6 +74,12 @@ def test_the_curl_line_survives_any_model_name() -> None:
     assert json.loads(words[-1])["model"] == 'it\'s a "model" $HOME'
 
 
+def test_curl_line_of_an_embedding_model_sends_a_text() -> None:
+    words = shlex.split(curl_line("http://localhost:8000", "vectors", embeds=True))
+    assert words[1] == "http://localhost:8000/v1/embeddings"
+    assert json.loads(words[-1]) == {"model": "vectors", "input": "Hello!"}
+
+
 # --------------------------------------------------------------------------- asking a frontend
 
 

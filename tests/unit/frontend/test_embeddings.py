@@ -155,6 +155,9 @@ def test_restarted_answer_begins_anew(tokenizer: Tokenizer) -> None:
         ({"embeddings": [5]}, ProtocolViolation),
         ({"embeddings": [[]]}, ProtocolViolation),
         ({"embeddings": [["1"]]}, ProtocolViolation),
+        ({"embeddings": [b"12345678"]}, ProtocolViolation),
+        ({"embeddings": [{1: 2}]}, ProtocolViolation),
+        ({"embeddings": [None]}, ProtocolViolation),
         ({"embeddings": [[float("nan")]]}, ProtocolViolation),
         ({"embeddings": [[float("inf")]]}, ProtocolViolation),
         ({"embeddings": [[10**400]]}, ProtocolViolation),
@@ -172,6 +175,23 @@ def test_nonsense_of_a_worker_is_an_error(tokenizer: Tokenizer, item: Any, error
     for encoding_format in ("float", "base64"):
         with pytest.raises(error):
             decoder(tokenizer, encoding_format=encoding_format).feed(item)
+
+
+def test_numbers_beyond_float32_are_no_base64(tokenizer: Tokenizer) -> None:
+    decoder(tokenizer).feed({"embeddings": [[1e39, 1.0]]})
+    with pytest.raises(ProtocolViolation, match="beyond float32"):
+        decoder(tokenizer, encoding_format="base64").feed({"embeddings": [[1e39, 1.0]]})
+
+
+def test_long_item_is_decoded_in_turns(tokenizer: Tokenizer) -> None:
+    decoding = decoder(tokenizer, count=9)
+    texts = [decoding.feed({"embeddings": [[0.5] * 10_000] * 9, "prompt_tokens": 9})]
+    while decoding.held:
+        assert decoding.finish_reason is None
+        texts.append(decoding.feed_held())
+    assert [len(entries(text)) for text in texts] == [4, 4, 1]
+    assert [entry["index"] for entry in entries(",".join(texts))] == list(range(9))
+    assert (decoding.finish_reason, decoding.prompt_token_count) == ("stop", 9)
 
 
 def test_missing_embedding_breaks_the_answer_off(tokenizer: Tokenizer) -> None:

@@ -58,3 +58,12 @@ def test_parsers_and_modalities_tell_versions_apart() -> None:
     }
     assert len(found) == 6
     assert fingerprint(modalities=["audio", "image"]) in found
+
+
+def test_matryoshka_tells_versions_of_a_model_apart() -> None:
+    cards = [
+        CARD.model_copy(update={"runtime_config": RuntimeConfig(total_kv_blocks=100, matryoshka=value)})
+        for value in (None, True, False)
+    ]
+    assert cards[0].fingerprint == CARD.fingerprint
+    assert len({card.fingerprint for card in cards}) == 3

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any, cast
+
+from pydantic_core import from_json
 
 from dynamo_redis.engines.embedding_request import BATCH_COUNT, input_ids, wanted_dimensions
 from dynamo_redis.engines.openai.engine import OpenAIEngine
-from dynamo_redis.engines.openai.wire import DONE, UnknownModel
+from dynamo_redis.engines.openai.wire import UnknownModel
 from dynamo_redis.errors import (
     ConnectionLost,
     ContextLengthExceeded,
@@ -92,9 +92,7 @@ class OpenAIEmbeddingEngine(OpenAIEngine):
         self._running_count += 1
         self._unanswered.add(asking)
         try:
-            async with aclosing(asking.events()) as pieces:
-                arrived = [piece async for some in pieces for piece in some if piece != DONE]
-            return read_embeddings(b"".join(arrived), len(inputs))
+            return read_embeddings(await asking.content(), len(inputs))
         except ContextLengthExceeded:
             self._server.expire_identity()  # its context length is not the one that it reported
             raise
@@ -111,7 +109,7 @@ class OpenAIEmbeddingEngine(OpenAIEngine):
 def read_embeddings(content: bytes, input_count: int) -> EmbeddingItem:
     """Return the item of a server's answer to this many inputs. Raises ProtocolViolation."""
     try:
-        answer = json.loads(content)
+        answer = from_json(content)
         entries = sorted(answer["data"], key=lambda entry: entry["index"])
         vectors = [entry["embedding"] for entry in entries]
     except (ValueError, TypeError, KeyError) as exc:

@@ -162,6 +162,11 @@ class Completion:
         if not self._opening.cancel() and not self._opening.cancelled() and not self._opening.exception():
             self._opening.result().close()
 
+    async def content(self) -> bytes:
+        """Return the content of an answer that is not streamed. Raises as `events`."""
+        async with contextlib.aclosing(self.events()) as arriving:
+            return b"".join([event async for events in arriving for event in events if event != DONE])
+
     async def events(self) -> AsyncGenerator[list[bytes], None]:
         """Yield the data of the completion's events, in the pieces in which they arrive; `DONE` is the last.
 
@@ -178,7 +183,10 @@ class Completion:
                         explanation = await _content(response, _ERROR_BYTES)
                 raise refusal(response.status, explanation, response.headers.get("Retry-After"))
             if response.content_type == "application/json":  # a server that does not stream
-                yield [await _content(response, _ANSWER_BYTES), DONE]
+                content = await _content(response, _ANSWER_BYTES)
+                if len(content) > _ANSWER_BYTES:
+                    raise ProtocolViolation(f"the engine's answer has more than {_ANSWER_BYTES} bytes")
+                yield [content, DONE]
                 return
             while content := await response.content.readany():
                 events = list(reader.feed(content))

@@ -209,7 +209,7 @@ def context_length_exceeded(
     return ApiError(
         400,
         f"This model's maximum context length is {context_length} tokens, but you requested {wanted}. "
-        "Reduce the length of either.",
+        f"Reduce the length of {'the prompt' if max_tokens is None else 'either'}.",
         param=param,
         code="context_length_exceeded",
     )

@@ -142,6 +142,7 @@ class RequestRecord:
     __slots__ = (
         "_all",
         "_endpoint",
+        "_has_tokens",
         "_is_queued",
         "_request_type",
         "_started_at",
@@ -159,7 +160,9 @@ class RequestRecord:
         self._started_at = started_at
         self._is_queued = True
         self.model = model
-        self.gaps_s = model.token_gaps_s
+        # An item of embeddings is no token: it would count as one in what the dashboard shows of all models.
+        self._has_tokens = kind != "embeddings"
+        self.gaps_s = model.token_gaps_s if self._has_tokens else Histogram(TOKEN_GAP_LIMITS_S)
         self.observation: Observation | None = None
         """Also gets what is noted here, for the access line and the trace."""
         model.in_flight_count += 1
@@ -170,7 +173,8 @@ class RequestRecord:
         if self._is_queued:
             self._is_queued = False
             self.model.queued_count -= 1
-            self.model.first_token_s.add(now - self._started_at)
+            if self._has_tokens:
+                self.model.first_token_s.add(now - self._started_at)
             if self.observation is not None:
                 self.observation.note_first_item(now)
 
@@ -212,7 +216,8 @@ class RequestRecord:
         model.requests[self._endpoint, self._request_type, status, kind] += 1
         model.durations_s.add(time.perf_counter() - self._started_at)
         model.prompt_tokens.add(prompt_token_count)
-        model.answer_tokens.add(answer_token_count)
+        if self._has_tokens:
+            model.answer_tokens.add(answer_token_count)
         model.answer_token_count += answer_token_count
         if cached_token_count is not None:
             model.cached_tokens.add(cached_token_count)

@@ -12,6 +12,7 @@ import pytest
 
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.engines.openai import http
 from dynamo_redis.engines.openai.embedding import OpenAIEmbeddingEngine, read_embeddings
 from dynamo_redis.errors import (
     ConnectionLost,
@@ -117,6 +118,13 @@ async def test_broken_connection_is_an_error() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         server.break_off_after = 0
         with pytest.raises((ConnectionLost, Draining)):
+            await answer(engine, [[5]])
+
+
+async def test_answer_over_the_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_ANSWER_BYTES", 100)
+    async with running_engine() as server, engine_at(server) as engine:
+        with pytest.raises(ProtocolViolation, match="more than 100 bytes"):
             await answer(engine, [[5]])
 
 
