@@ -38,7 +38,7 @@ EncodingFormat = Literal["float", "base64"]
 Dimensions = Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
 
 INPUT_NAMES: Final = {"prompt": "input"}
-"""The names here of fields of a text completion, for errors."""
+"""Fields of a text completion → their names in this API, for errors."""
 
 
 class EmbeddingOptions(TextBody):
@@ -83,11 +83,10 @@ def check_dimensions(options: EmbeddingOptions, model: str, *, matryoshka: bool 
 
 def embedding_input(prompts: list[Any]) -> list[str | list[int]]:
     """Return the inputs as they came, for workers that take text."""
-    return [
-        prompt
-        if isinstance(prompt, str)
-        else bytes(prompt).decode()
-        if isinstance(prompt, (bytearray, memoryview))
-        else list(prompt)
-        for prompt in prompts
-    ]
+
+    def plain(prompt: Any) -> str | list[int]:
+        if isinstance(prompt, (bytearray, memoryview)):  # a text, from the process that parses large bodies
+            return bytes(prompt).decode()
+        return prompt if isinstance(prompt, str) else list(prompt)
+
+    return list(map(plain, prompts))

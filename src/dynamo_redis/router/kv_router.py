@@ -39,7 +39,7 @@ from dynamo_redis.router.choice.workers import WorkerCards, Workers
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.router.index.predicted_index import PredictedIndex
 from dynamo_redis.router.metrics import HIT_RATES, router_families
-from dynamo_redis.router.prompts import block_hashes, salt_of, token_ids_of, weights_of
+from dynamo_redis.router.prompts import prompt_size, weights_of
 from dynamo_redis.router.routed_call import BookedRoute, RoutedCall
 from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
 from dynamo_redis.runtime import tracing
@@ -403,13 +403,13 @@ class KvRouter:
         busy: BusyThresholds | None = None,
     ) -> RoutingRequest:
         """Read from a request the parts that a choice depends on. Raises InvalidRequest."""
-        token_ids = token_ids_of(request)
+        hashes, token_count = prompt_size(request, self.block_size)
         deadline = None if context is None else context.deadline
         return RoutingRequest(
             # Not the request's own id: a client may send two with the same.
             request_id=f"{next(self._ids):x}",
-            hashes=block_hashes(token_ids, self.block_size, request.get("lora_name"), salt_of(request)),
-            token_count=len(token_ids),
+            hashes=hashes,
+            token_count=token_count,
             deadline=deadline if deadline is not None else SYSTEM_CLOCK.monotonic() + BOOKING_S,
             among=among,
             weights=weights_of(request, self._weights),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain as chain_tokens
 from typing import Any
 
 from dynamo_redis.errors import InvalidRequest
@@ -22,20 +21,29 @@ _WEIGHTS = {
 }
 
 
-def token_ids_of(request: Any) -> Sequence[int]:
-    """Return the prompt of a generate request; of one for embeddings, its inputs one after another. Raises
-    InvalidRequest."""
+def token_ids_of(request: Any) -> Sequence[Any]:
+    """Return the prompt of a generate request; of one for embeddings, its inputs. Raises InvalidRequest."""
     token_ids = request.get("token_ids") if isinstance(request, dict) else None
     if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
         raise InvalidRequest(
             "a request that is routed by its prompt must have `token_ids`, a list of integers"
         )
+    return token_ids
+
+
+def prompt_size(request: Any, block_size: int) -> tuple[list[int], int]:
+    """Return the sequence hashes of the whole blocks of a request's prompt, and the number of its tokens.
+
+    The inputs of a request for embeddings count as one prompt whose blocks have no names: they are a load,
+    and share nothing. Raises InvalidRequest.
+    """
+    token_ids = token_ids_of(request)
     if token_ids and isinstance(token_ids[0], list):
         try:
-            return list(chain_tokens.from_iterable(token_ids))
+            return [], sum(map(len, token_ids))
         except TypeError as exc:
             raise InvalidRequest("`token_ids` is neither a prompt nor a list of inputs") from exc
-    return token_ids
+    return block_hashes(token_ids, block_size, request.get("lora_name"), salt_of(request)), len(token_ids)
 
 
 def block_hashes(

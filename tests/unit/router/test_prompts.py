@@ -9,7 +9,7 @@ import pytest
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.events.block_hashes import chain, local_hashes, lora_seed
 from dynamo_redis.router.base import CostWeights
-from dynamo_redis.router.prompts import block_hashes, salt_of, token_ids_of, weights_of
+from dynamo_redis.router.prompts import block_hashes, prompt_size, salt_of, token_ids_of, weights_of
 
 DEFAULT = CostWeights(overlap_score_credit=0.5, temperature=0.1)
 
@@ -35,6 +35,14 @@ def test_blocks_of_other_images_are_others() -> None:
     for wrong in ({"media_digest": 5}, {"media_digest": "1", "cache_salt": 5}):
         with pytest.raises(InvalidRequest, match="strings"):
             salt_of(wrong)
+
+
+def test_embeddings_count_as_load_without_blocks() -> None:
+    assert prompt_size({"token_ids": [[1] * 20, [2] * 5]}, 4) == ([], 25)
+    hashes, count = prompt_size({"token_ids": [1] * 20}, 4)
+    assert (hashes, count) == (block_hashes([1] * 20, 4), 20)
+    with pytest.raises(InvalidRequest, match="token_ids"):
+        prompt_size({"token_ids": [[1], 2]}, 4)
 
 
 @pytest.mark.parametrize(
