@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.parsers.answer_parser import PIECE_SIZE
 from dynamo_redis.parsers.deltas import Delta
 from dynamo_redis.planes.context import Context
 
@@ -87,7 +88,10 @@ class CompletionChoice:
         self.parser = None if make_parser is None else make_parser()
 
     def parsed(self, texts: list[str]) -> Sequence[Part]:
-        """Return the parts that the next texts of the answer complete."""
+        """Return the parts that the next texts of the answer complete.
+
+        Parsing takes a time in proportion to the texts: long ones are for `parsed_in_pieces`.
+        """
         is_over = self.answer.finish_reason is not None
         if is_over and not texts[-1]:
             texts.pop()
@@ -97,6 +101,15 @@ class CompletionChoice:
         if is_over:
             deltas += self.parser.finish(is_cut=self.answer.finish_reason != "stop")
         return deltas
+
+    def parsed_in_pieces(self, texts: list[str]) -> Iterator[Sequence[Delta]]:
+        """Return the parts, as `parsed` does, in steps between which the event loop may turn."""
+        assert self.parser is not None
+        text = "".join(texts)
+        for at in range(0, len(text), PIECE_SIZE):
+            yield self.parser.feed(text[at : at + PIECE_SIZE])
+        if self.answer.finish_reason is not None:
+            yield self.parser.finish(is_cut=self.answer.finish_reason != "stop")
 
     @property
     def finish_reason(self) -> str | None:

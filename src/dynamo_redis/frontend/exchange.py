@@ -26,6 +26,7 @@ from dynamo_redis.frontend.http.errors import ApiError, shutting_down, worker_er
 from dynamo_redis.frontend.http.responses import EventResponse, Receive, Send, send_json
 from dynamo_redis.frontend.metrics.recording import RequestRecord
 from dynamo_redis.frontend.model import Answer, Generate
+from dynamo_redis.parsers.answer_parser import PIECE_SIZE
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.runtime.tracing import Span
 
@@ -288,7 +289,9 @@ class Exchange:
         finally:  # also before an item that is none
             if len(texts) > 1:
                 record.gaps_s.add_all([0.0] * (len(texts) - 1))
-            if texts:
+            if choice.parser is not None and sum(map(len, texts)) > PIECE_SIZE:
+                await deliver(choice, await _parsed_in_turns(choice, texts))
+            elif texts:
                 await deliver(choice, choice.parsed(texts))
 
     def _goes_on(self, choice: CompletionChoice, lost_at: int | None, *, is_last: bool) -> bool:
@@ -311,6 +314,15 @@ def _breaks_off(choice: CompletionChoice, error: DynamoRedisError, call: Span | 
         call.fail_with(error)
     lost = worker_lost(error) or isinstance(error, EngineFailed)
     return lost and choice.begun and not choice.context.is_stopped()
+
+
+async def _parsed_in_turns(choice: CompletionChoice, texts: list[str]) -> list[Part]:
+    """Return the parts that long texts complete. Other tasks have turns of the event loop meanwhile."""
+    found: list[Part] = []
+    for parts in choice.parsed_in_pieces(texts):
+        found += parts
+        await asyncio.sleep(0)
+    return found
 
 
 async def _wait_for_end(items: Answer) -> None:

@@ -16,6 +16,9 @@ from dynamo_redis.parsers.reasoning import ReasoningFormat
 _MOST_READ_AGAIN: Final = 1024
 """The longest malformed text, in characters, in which calls are looked for once more."""
 
+PIECE_SIZE: Final = 2048
+"""A text of more characters is to be fed in pieces, with turns of the event loop between them."""
+
 _ALPHABET: Final = string.ascii_letters + string.digits
 
 
@@ -27,7 +30,18 @@ class AnswerParser:
     it has come, as whole members and pieces of text.
     """
 
-    __slots__ = ("_calls", "_is_cut", "_reader", "_reasoning", "_starts_inside", "_steps", "_tool", "_whole")
+    __slots__ = (
+        "_calls",
+        "_is_cut",
+        "_reader",
+        "_reasoning",
+        "_starts_inside",
+        "_steps",
+        "_streams",
+        "_tool",
+        "_unread",
+        "_unread_size",
+    )
 
     def __init__(
         self,
@@ -44,13 +58,15 @@ class AnswerParser:
 
         `starts_inside` says that the answer begins with reasoning, without its marker. `tools` are the JSON
         schemas of the parameters of the functions that may be called. Calls after `most_calls` are left out.
-        Without `streams` the answer is parsed at its end, and a call that is malformed has never begun.
+        Without `streams` a call that is malformed has never begun, and texts are parsed once they are long.
         """
         self._tool = tool
         self._reasoning = reasoning
         self._starts_inside = starts_inside
         self._reader = Reader()
-        self._whole: list[str] | None = None if streams else []
+        self._streams = streams
+        self._unread: list[str] = []
+        self._unread_size = 0
         self._is_cut = False
         if new_id is None:
             new_id = _short_id if tool is not None and tool.short_ids else _long_id
@@ -66,17 +82,21 @@ class AnswerParser:
     def passes(self, texts: list[str]) -> bool:
         """Return whether these texts are content as they are, so that there is no need to feed them."""
         reader = self._reader
-        if reader.makes is not Text:
+        if reader.makes is not Text or not self._streams:
             return False
         if reader.first and len(texts) == 1:  # faster than the gate
             return reader.first not in texts[0]
         return all(reader.gate(text) is None for text in texts)
 
     def feed(self, text: str) -> list[Delta]:
-        """Return the deltas that a piece of the answer completes."""
-        if self._whole is not None:
-            self._whole.append(text)
-            return []
+        """Return the deltas that a piece of the answer completes. It takes a few milliseconds for a piece of
+        up to `PIECE_SIZE` characters."""
+        if not self._streams:  # calls are withheld, so that a step for each token would cost too much
+            self._unread.append(text)
+            self._unread_size += len(text)
+            if self._unread_size < PIECE_SIZE:
+                return []
+            text = self._take_unread()
         reader = self._reader
         if (makes := reader.makes) is not None and text and reader.gate(text) is None:
             return [makes(text)]
@@ -91,12 +111,18 @@ class AnswerParser:
         self._is_cut = is_cut
         out: list[Delta] = []
         self._calls.out = out
-        if self._whole is not None:
-            self._reader.feed("".join(self._whole))
+        if self._unread:
+            self._reader.feed(self._take_unread())
         self._reader.ended = True
         for _ in self._steps:
             pass
         return out
+
+    def _take_unread(self) -> str:
+        text = "".join(self._unread)
+        self._unread.clear()
+        self._unread_size = 0
+        return text
 
     # ----------------------------------------------------------------- steps
 

@@ -94,7 +94,10 @@ class Calls:
 
     def _add(self, delta: Delta) -> None:
         if self._most_calls is None or self._index < self._most_calls:
-            _append(self.out if self._streams else self._withheld, delta)
+            if self._streams:
+                _append(self.out, delta)
+            else:
+                self._withheld.append(delta)
         if self._streams:
             self._reader.drop()
 

@@ -201,7 +201,7 @@ class _Arguments:
             give('"')
         else:
             text, _ = yield from self._reader.until(ends, MOST_HELD)
-            give(written(_typed(text, types)))
+            give(_typed(text, types))
 
     def end(self) -> None:
         """End the call."""
@@ -228,15 +228,15 @@ def parameter_types(schema: Any) -> set[str]:
 _WORDS: Final = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 
 
-def _typed(text: str, types: set[str]) -> Any:
-    """Return the value that a text has for these types: a text, if it is none of the other types."""
+def _typed(text: str, types: set[str]) -> str:
+    """Return the value that a text has for these types, as JSON: a text, if it is none of the other types."""
     stripped = text.strip()
     value: Any = text
     try:
         value = _WORDS[stripped] if stripped in _WORDS else json.loads(stripped, strict=False)
-        json.dumps(value, allow_nan=False)
+        found = written(value)
     except (ValueError, RecursionError):
-        return text
+        return written(text)
     kinds: dict[type, set[str]] = {
         bool: {"boolean"},
         int: {"integer", "number"},
@@ -246,4 +246,4 @@ def _typed(text: str, types: set[str]) -> Any:
         type(None): {"null"},
     }
     fits = not kinds.get(type(value), set()).isdisjoint(types)
-    return value if fits or ("string" not in types and not isinstance(value, str)) else text
+    return found if fits or ("string" not in types and not isinstance(value, str)) else written(text)

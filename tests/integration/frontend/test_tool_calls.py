@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.models.card import RuntimeConfig
+from dynamo_redis.parsers.answer_parser import PIECE_SIZE, AnswerParser
 
 MESSAGES: Any = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -132,6 +134,39 @@ async def test_named_call_is_guided_by_its_schema(frontend: Any) -> None:
     assert calls_of(choice) == [["get_weather", '{"city": "Oslo"}']]
     assert choice.finish_reason == "tool_calls"
     assert frontend.worker.requests[-1]["sampling_options"]["guided_decoding"] == {"json": PARAMETERS}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_long_item_leaves_turns_to_others(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    text = NOW * 2_000
+    token_ids = frontend.worker.tokenizer.encode(text)
+    turn = 0
+    turns: list[int] = []
+    parse = AnswerParser.feed
+
+    def feed(parser: AnswerParser, piece: str) -> Any:
+        turns.append(turn)
+        return parse(parser, piece)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def script(*_: object) -> AsyncGenerator[Any]:
+        yield {"token_ids": token_ids, "finish_reason": "stop"}
+
+    monkeypatch.setattr(AnswerParser, "feed", feed)
+    frontend.worker.script = script
+    counting = asyncio.create_task(count_turns())
+    body = {"model": "demo", "messages": MESSAGES, "tools": TOOLS, "stream": stream}
+    answer = await frontend.http.post("/v1/chat/completions", json=body)
+    counting.cancel()
+    assert answer.text.count('"arguments":') >= 2_000
+    assert len(set(turns)) >= len(text) // PIECE_SIZE
 
 
 async def test_choice_of_a_tool_needs_tools(frontend: Any) -> None:

@@ -19,6 +19,7 @@ from dynamo_redis.frontend.forms.messages import MessagesForm
 from dynamo_redis.frontend.forms.responses import ResponsesForm
 from dynamo_redis.frontend.responses_body import ResponsesBody
 from dynamo_redis.models.llm_protocol import GenerateRequest
+from dynamo_redis.parsers.answer_parser import PIECE_SIZE
 from dynamo_redis.parsers.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
 from dynamo_redis.planes.context import Context
 
@@ -104,6 +105,16 @@ def test_choice_with_parser_delivers_its_parts() -> None:
     assert feed(choice, "hi th") == [Text("hi")]
     assert feed(choice, "ere ! b", "stop") == [Text("there"), CallBegin(0, "call_1", "shout"), Text("b")]
     assert choice.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("reason", [None, "stop"])
+def test_choice_is_parsed_in_pieces_alike(reason: str | None) -> None:
+    text = "word ! " * PIECE_SIZE
+    at_once, in_pieces = a_choice(parses=True), a_choice(parses=True)
+    in_pieces.answer.finish_reason = reason
+    steps = list(in_pieces.parsed_in_pieces([text[:10], text[10:]]))
+    assert len(steps) >= len(text) // PIECE_SIZE
+    assert [part for parts in steps for part in parts] == feed(at_once, text, reason)
 
 
 def test_restarted_choice_has_a_new_parser() -> None:

@@ -1,9 +1,11 @@
 """Answers, whole and in pieces, become content, reasoning and calls: by golden cases and random cuts."""
 
+import gc
 import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from dynamo_redis.parsers.answer_parser import AnswerParser
+from dynamo_redis.parsers.answer_parser import PIECE_SIZE, AnswerParser
 from dynamo_redis.parsers.deltas import CallArguments, CallBegin, Reasoning, Text
 from dynamo_redis.parsers.reasoning import REASONING_FORMATS
 from dynamo_redis.parsers.tool_formats import TOOL_FORMATS
@@ -191,10 +193,42 @@ def test_long_values_and_deep_nesting_are_content() -> None:
     assert parse(case, [late[:300_000], late[300_000:]], streams=True).content == late
 
 
-def test_many_markers_take_time_in_proportion() -> None:
-    case = {"tool_parser": "hermes", "reasoning_parser": None}
-    text = '<tool_call>{"name":"' * 20_000
-    assert parse(case, [text], streams=False).content == text
+_LONG_ANSWERS = [
+    ("hermes", '<tool_call>{"name":"' * 20_000),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": [' + "1," * 80_000 + "1]}}</tool_call>"),
+    ("hermes", '<tool_call>{"arguments": {"x": [' + "1," * 80_000 + '1]}, "name": "f"}</tool_call>'),
+    ("granite", '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 5_000),
+    ("mistral", "[TOOL_CALLS]" * 20_000),
+    ("deepseek_v3", "<｜tool▁calls▁begin｜>" * 20_000),
+    ("qwen3_coder", "<function=f>" + "<parameter=x>y</parameter>" * 10_000 + "</function>"),
+    ("glm45", "<tool_call>f" + "<arg_key>x</arg_key><arg_value>y</arg_value>" * 8_000 + "</tool_call>"),
+    ("pythonic", "[f(x=[" + "1," * 80_000 + "])]"),
+    ("pythonic", "[f(x=[" + "{'a': 'b'}," * 20_000 + "])]"),
+    ("pythonic", "[f(x='" + "\\n" * 100_000 + "')]"),
+    ("pythonic", "[" + "f(x='y'), " * 20_000 + "f()]"),
+]
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("tool_parser", "text"), _LONG_ANSWERS)
+def test_no_piece_of_a_long_answer_takes_long(tool_parser: str, text: str, streams: bool) -> None:
+    limit_s = 0.1  # 0.015 at most on a usual machine; texts that are parsed at once take longer
+    gc.disable()  # a collection of the whole process could come into any step
+    try:
+        assert any(_longest_step_s(tool_parser, text, streams=streams) < limit_s for _ in range(3))
+    finally:
+        gc.enable()
+
+
+def _longest_step_s(tool_parser: str, text: str, *, streams: bool) -> float:
+    parser = AnswerParser(TOOL_FORMATS[tool_parser], tools={"f": {}}, streams=streams)
+    pieces = [text[at : at + PIECE_SIZE] for at in range(0, len(text), PIECE_SIZE)]
+    taken_s = []
+    for step in (*(partial(parser.feed, piece) for piece in pieces), parser.finish):
+        started_s = time.thread_time()
+        step()
+        taken_s.append(time.thread_time() - started_s)
+    return max(taken_s)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +269,88 @@ def test_half_characters_stay_escapes(tool_parser: str, text: str, streams: bool
     assert r"\ud800" in "".join(delta.text for delta in deltas if not isinstance(delta, CallBegin))
     for delta in deltas:
         (delta.name if isinstance(delta, CallBegin) else delta.text).encode()
+
+
+_PYTHON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("aL\"'\\\n\t\x00{}[](),:ł😀", max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text("ab'\"\n\\", max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    data=st.data(),
+    values=st.dictionaries(st.sampled_from(["a", "b_1", "from"]), _PYTHON_VALUES, max_size=3),
+    equals=st.sampled_from(["=", " = "]),
+)
+def test_pythonic_values_are_those_of_python(
+    data: st.DataObject, values: dict[str, Any], equals: str
+) -> None:
+    text = f"[f({', '.join(f'{name}{equals}{value!r}' for name, value in values.items())})]"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert arguments_of(pieces) == json.loads(json.dumps(values))
+
+
+def arguments_of(pieces: list[str]) -> Any:
+    """Return the arguments of a pythonic call."""
+    parser = AnswerParser(TOOL_FORMATS["pythonic"], tools={"f": {}})
+    deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
+    return json.loads("".join(delta.text for delta in deltas if isinstance(delta, CallArguments)))
+
+
+@pytest.mark.parametrize(
+    ("literals", "value"),
+    [
+        ("""x='a' "b" r'\\n'""", "ab\\n"),
+        ("x='''a\n'b''c'''", "a\n'b''c"),
+        ('x=""', ""),
+        (r"x=u'\x41\u0142\N{BULLET}\101'", "Ał•A"),
+        ("x=(1)", 1),
+        ("x=(1,)", [1]),
+        ("x=()", []),
+        ("x=[1, (2, 3), ], ", [1, [2, 3]]),
+        ("x={'a': {'b': .5, }}", {"a": {"b": 0.5}}),
+        ("x=[+1, -2, 0x1F, 0b11, 0o17, 1_000]", [1, -2, 31, 3, 15, 1000]),
+        ("x=[1e3, 1., -1.5E-2, True, true, None, null]", [1000.0, 1.0, -0.015, True, True, None, None]),
+    ],
+)
+def test_pythonic_literals_are_read(literals: str, value: Any) -> None:
+    assert arguments_of([f"[f({literals})]"]) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("1", "x", "x=", "x=1 y=2", "x=1, x=2", "=1", "1x=1", "x==1", "**x", "*x", "x=1;", "x.y=1", "x=y"),
+        *("x=b'a'", "x=f'a'", "x='a", "x='a\nb'", r"x='\x4'", "x='a'b", "x=[1", "x=[1}", "x=[,]", "x=[1,,]"),
+        *("x={1: 2}", "x={'a'}", "x={'a': }", "x={*y}", "x=1+1", "x=1j", "x=01", "x=1__0", "x=nan"),
+        *(
+            "x=1e999",
+            "x=g()",
+            "x=a.b",
+            "x=-",
+            "x=--1",
+            "x=...",
+            "x=" + "[" * 60 + "]" * 60,
+            "x=" + "1" * 2000,
+        ),
+        *("x=[y for y in z]", "x=lambda: 1", "x=1 if y else 2", "x=(", "x='a' 'b", "x=r", "x=# 1\n1"),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+def test_other_expressions_of_python_are_content(arguments: str, streams: bool) -> None:
+    text = f"[f({arguments})]"
+    parsed = parse({"tool_parser": "pythonic", "reasoning_parser": None}, [text], streams=streams)
+    assert (parsed.calls, parsed.content) == ([], text)
 
 
 def test_text_without_markers_is_passed_on_as_it_comes() -> None:
