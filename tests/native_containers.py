@@ -189,9 +189,11 @@ def can_mount() -> bool:
 
 
 def _free_port(taken: Iterable[int]) -> int:
-    """Return a port outside the range of which the kernel takes ports for others, so that it stays free."""
+    """Return a port outside the range of which the kernel takes ports for others, so that it stays free.
+
+    So is the port 10,000 above it, which a node of a cluster takes, too."""
     while True:
-        port = random.SystemRandom().randrange(11000, 22000)
+        port = random.SystemRandom().randrange(11000, 21000)
         if port in taken:
             continue
         with socket.socket() as probe:

@@ -20,7 +20,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.compose_files import health_check
+from tests.compose_files import check, health_check, merged, read
 from tests.container_image import entrypoint_of
 from tests.integration.compose.conftest import Deploy, chat
 from tests.native_containers import NativeContainers
@@ -94,6 +94,19 @@ def test_no_password_stands_in_the_file(compose: dict[str, Any]) -> None:
     assert re.fullmatch(
         r"redis://:\$\{REDIS_PASSWORD:\?.*\}@redis:6379", worker["environment"]["DYN_REDIS_URL"]
     )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tls", "vllm", "observability"),
+        ("sentinel", "vllm", "observability"),
+    ],
+)
+def test_files_over_this_one_can_be_combined(
+    names: tuple[str, ...], compose: dict[str, Any], compose_file: Path
+) -> None:
+    check(merged(compose, *(read(compose_file.with_name(f"{name}.yml")) for name in names)))
 
 
 def test_images_have_exact_versions(compose: dict[str, Any], dockerfile: str) -> None:
