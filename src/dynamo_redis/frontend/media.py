@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_redis.frontend.http.errors import ApiError
+from dynamo_redis.frontend.http.errors import invalid
 
 if TYPE_CHECKING:
     from dynamo_redis.frontend.openai import ChatBody
@@ -47,16 +47,24 @@ class Media:
         """The size of the chat."""
         return sum(map(len, self.chat.values()))
 
-    def check(self, modalities: frozenset[str], model_name: str) -> None:
-        """Raise ApiError, which names the first part that a model with these modalities cannot read."""
+    def check(self, modalities: frozenset[str], model_name: str, choice_count: int, limit_bytes: int) -> None:
+        """Raise ApiError for a part that a model with these modalities cannot read, or for too many answers.
+
+        Each answer is a request of its own, with the whole chat: together they may have `limit_bytes`.
+        """
         for modality, place in self.places.items():
             if modality not in modalities:
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"Invalid value for '{place}': the model `{model_name}` takes no {modality} parts.",
-                    param=place,
-                    code="unsupported_content",
+                    place,
+                    "unsupported_content",
                 )
+        if choice_count > 1 and self.size_bytes * choice_count > limit_bytes:
+            raise invalid(
+                f"Invalid value for 'n': {choice_count} chats with such parts have over {limit_bytes} bytes.",
+                "n",
+                "invalid_value",
+            )
 
 
 def media_of(body: ChatBody, places: Mapping[str, str]) -> Media:

@@ -73,7 +73,8 @@ _LOGPROBS = Refusal("log probabilities are those of the answer's tokens", _OFF)
 _ROUTING = Refusal("which worker answers is the router's choice")
 _EXPERTS = Refusal("expert routing is not returned", (False, 0))
 _TEMPLATE_VARIABLE = Refusal("give it in 'chat_template_kwargs'")
-_MEDIA = Refusal("only text can be served", (False,))
+_MEDIA_OPTIONS = "engines read images and the like by options of their own"
+_MEDIA = Refusal(_MEDIA_OPTIONS, (False,))
 _LORA = Refusal("an adapter is asked for by the name of its model")
 _PREPARED = Refusal("send token ids as 'prompt' to /v1/completions")
 _REQUEST_ID = Refusal("give it as the header x-request-id")
@@ -107,8 +108,8 @@ _REFUSED: Final[Mapping[str, Refusal]] = {
     "vllm_xargs": Refusal(neutral=({},)),
     "stream_interval": Refusal("each token is sent as it comes", (1,)),
     "routed_experts_prompt_start": _EXPERTS,
-    "mm_processor_kwargs": Refusal("only text can be served", ({},)),
-    "media_io_kwargs": Refusal("only text can be served", ({},)),
+    "mm_processor_kwargs": Refusal(_MEDIA_OPTIONS, ({},)),
+    "media_io_kwargs": Refusal(_MEDIA_OPTIONS, ({},)),
     "guided_decoding_backend": Refusal("the engine has its own"),
     "guided_decoding_disable_fallback": _NO,
     "guided_decoding_disable_any_whitespace": _NO,
@@ -127,7 +128,7 @@ _REFUSED: Final[Mapping[str, Refusal]] = {
     "custom_params": Refusal(neutral=({},)),
     "custom_logit_processor": Refusal(),
     "custom_labels": Refusal(neutral=({},)),
-    "images_config": Refusal("only text can be served", ({},)),
+    "images_config": Refusal(_MEDIA_OPTIONS, ({},)),
     "bootstrap_host": _ROUTING,
     "bootstrap_port": _ROUTING,
     "bootstrap_room": _ROUTING,
@@ -167,8 +168,8 @@ CHAT: Final = Parameters(
     refused={
         **_REFUSED,
         "echo": Refusal("the prompt is not returned", _OFF),
-        "modalities": Refusal("only text can be served", (["text"],)),
-        "audio": _MEDIA,
+        "modalities": Refusal("answers are text", (["text"],)),
+        "audio": Refusal("answers are text", (False,)),
         "functions": Refusal("use 'tools'", ([],)),
         "function_call": Refusal("use 'tools'", ("none", "auto")),
         "web_search_options": Refusal(),

@@ -88,7 +88,7 @@ class Preparation:
             seeds = [min(first + offset, 2**63 - 1) for offset in range(choice_count)]
         requests = []
         for token_ids in tokenized:
-            conditions = _stop_conditions(token_ids, model, options)
+            conditions = _stop_conditions(token_ids, model, options, is_whole=body.media is None)
             routing = options.routing()
             sampling = _sampling_options(model, options)
             for seed in seeds:
@@ -124,15 +124,7 @@ class Preparation:
 
     async def _tokenized(self, model: LoadedModel, body: Body) -> list[list[int]]:
         if body.media is not None:
-            body.media.check(model.modalities, model.name)
-            if body.media.size_bytes * body.choice_count > self._max_body_bytes:
-                # Each choice is a request of its own, with all images.
-                raise invalid(
-                    f"Invalid value for 'n': the parts of {body.choice_count} answers have over "
-                    f"{self._max_body_bytes} bytes together.",
-                    "n",
-                    "invalid_value",
-                )
+            body.media.check(model.modalities, model.name, body.choice_count, self._max_body_bytes)
         prompts = await self._render_prompts(model, body)
         if body.media is not None and isinstance(prompts[0], MaskedText):
             # The engine tokenizes the texts of such a chat itself, and would take the name for the token.
@@ -272,11 +264,18 @@ def _sampling_options(model: LoadedModel, body: CompletionOptions) -> SamplingOp
     return sampling
 
 
-def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOptions) -> StopConditions:
+def _stop_conditions(
+    prompt: list[int], model: LoadedModel, body: CompletionOptions, *, is_whole: bool
+) -> StopConditions:
+    """Return the stop conditions for the worker. Raises ApiError if prompt and answer exceed the context.
+
+    `is_whole`: all tokens of the prompt are here. Images take more of the context than their placeholders, so
+    their engine bounds an answer that shall have as many tokens as fit.
+    """
     left = model.context_length - len(prompt)
     wanted = body.wanted_tokens
-    if wanted is not None and body.fits_tokens:
-        wanted = min(wanted, max(left, 1))
+    if body.fits_tokens and wanted is not None and wanted > left > 0:
+        wanted = left if is_whole else None
     if left <= 0 or (wanted is not None and wanted > left):
         raise _too_long(body, len(prompt), wanted if left > 0 else None, model.context_length)
     conditions = StopConditions(ignore_eos=body.ignores_eos)

@@ -17,7 +17,7 @@ class TokenizeBody(RequestBody):
     further_parameters = Parameters(
         refused={
             "chat_template": Refusal("the model's own template is used"),
-            "mm_processor_kwargs": Refusal("only text can be served", ({},)),
+            "mm_processor_kwargs": Refusal("only texts are counted", ({},)),
         }
     )
 

@@ -138,9 +138,9 @@ def test_parts_stand_in_messages_of_users_and_tools(role: str) -> None:
 
 def test_model_refuses_modalities_it_does_not_read() -> None:
     found = media(TEXT, IMAGE, SOUND, IMAGE)
-    found.check(frozenset({"image", "audio"}), "m")
+    found.check(frozenset({"image", "audio"}), "m", 1, 1 << 20)
     with pytest.raises(ApiError) as caught:
-        found.check(frozenset({"image"}), "m")
+        found.check(frozenset({"image"}), "m", 1, 1 << 20)
     assert (caught.value.param, caught.value.code) == ("messages[0].content[2].type", "unsupported_content")
     assert "takes no audio parts" in caught.value.message
 

@@ -83,9 +83,12 @@ async def test_engine_answers_a_chat_with_an_image(services: Services, model_pat
 
     # Other APIs' images are parts of a chat, too.
     source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
-    response = await frontend.post("/v1/messages", json=body([{"type": "image", "source": source}]))
+    response = await frontend.post(
+        "/v1/messages", json=body([{"type": "image", "source": source}], max_tokens=1 << 30)
+    )
     assert response.json()["content"][0]["text"] == "A cat."
     assert engine.chats[-1]["messages"][0]["content"] == [IMAGE]
+    assert "max_tokens" not in engine.chats[-1]  # the engine knows what the image leaves of the context
     asked = [{"role": "user", "content": [{"type": "input_image", "image_url": URL}]}]
     response = await frontend.post("/v1/responses", json={"model": "demo", "input": asked})
     assert response.json()["output"][0]["content"][0]["text"] == "A cat."
