@@ -2,6 +2,8 @@
 
 H1  time until the registry takes writes again after a Sentinel has named the new primary (`sentinel_kill`)
 H2  chats that fail meanwhile; keys that are missing, extra, or shown and not there
+H3  time until the registry takes writes again after the replica of a cluster's dead master has taken over
+H4  chats that fail, and watch events that are lost, while slots of a cluster move (`cluster_faults`)
 
 The worst of all rounds counts: a median would hide a bad one. `--rounds` should be 10 or more; each round has
 a seed of its own, by which the moment of the kill is drawn. `--rows H1,H2` runs some.
@@ -9,16 +11,23 @@ a seed of its own, by which the moment of the kill is drawn. `--rows H1,H2` runs
 
 from __future__ import annotations
 
+from benchmarks.ha.cluster_faults import master_kills, slot_moves
 from benchmarks.ha.sentinel_kill import sentinel_kills
 from benchmarks.harness.suite import Bounds, Groups, run_suite
 
 BOUNDS: Bounds = {
     "H1": ("sentinel failover by kill -9: registry writable again after detection +, s", 1.5, 0.5),
     "H2": ("the same: chats failed; keys missing, extra, phantom", [0, 0, 0, 0], [0, 0, 0, 0]),
+    "H3": (
+        "cluster, one master killed: registry writable again after the replica took over +, s",
+        1.5,
+        0.5,
+    ),
+    "H4": ("cluster, slots moved under load: chats failed; watch events lost", [0, 0], [0, 0]),
 }
 """Text, bound (`must`) and aim of each row."""
 
-GROUPS: Groups = ((("H1", "H2"), sentinel_kills),)
+GROUPS: Groups = ((("H1", "H2"), sentinel_kills), (("H3",), master_kills), (("H4",), slot_moves))
 """The rows of each measurement."""
 
 
@@ -29,7 +38,11 @@ def main() -> None:
 
 def _conditions(_: set[str], rounds: int) -> list[str]:
     """Return the conditions of the measurement that a reader needs to judge the figures."""
-    return [f"worst of {rounds} seeded rounds; Redis Sentinel with 3 sentinels, a primary and 2 replicas"]
+    return [
+        f"worst of {rounds} seeded rounds",
+        "Redis Sentinel with 3 sentinels, a primary and 2 replicas",
+        "a cluster of 3 masters with a replica each",
+    ]
 
 
 if __name__ == "__main__":

@@ -17,33 +17,27 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import uvloop
 
+from benchmarks.ha.load import (
+    CHATS,
+    CHATS_PER_S,
+    KILL_AFTER_S,
+    OWNERS,
+    PREFIX,
+    READY_S,
+    Keys,
+    first_write,
+    registry,
+)
 from benchmarks.harness.chats import CountedChats, first_model
 from benchmarks.harness.processes import up
 from benchmarks.harness.report import Measured
-from dynamo_redis.config import StoreSettings
-from dynamo_redis.errors import StoreError
-from dynamo_redis.store.base import Put
-from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.sentinel_server import SentinelDeployment
-
-PREFIX: Final = "bench-ha"
-CHATS: Final = 300
-CHATS_PER_S: Final = 40.0
-OWNERS: Final = 4
-KEYS_AN_OWNER: Final = 25
-REGISTER_EVERY_S: Final = 0.02
-KILL_AFTER_S: Final = (1.0, 2.0)
-READY_S: Final = 60.0
-CALM_S: Final = 30.0
-_WRITTEN: Final = "writer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,7 @@ async def _round(rng: random.Random) -> Outcome:
         url = stack.enter_context(up(*options))
         chats = CountedChats(url, await asyncio.to_thread(first_model, url, READY_S), "H2")
         stack.callback(chats.close)
-        owners = [await stack.enter_async_context(_registry(servers.url)) for _ in range(OWNERS)]
+        owners = [await stack.enter_async_context(registry(servers.url)) for _ in range(OWNERS)]
         keys = Keys(owners)
         await keys.register_first()
         flow = asyncio.create_task(chats.flow(CHATS, CHATS_PER_S))
@@ -98,7 +92,7 @@ async def _round(rng: random.Random) -> Outcome:
         old = await servers.primary()
         await old.kill()
         killed_at = time.monotonic()
-        writing = asyncio.create_task(_first_write(owners[0]))
+        writing = asyncio.create_task(first_write(owners[0]))
         _, detected_at = await servers.wait_for_primary(other_than=old, poll_s=0.005)
         written_at = await writing
         failed_chats = await flow
@@ -109,92 +103,3 @@ async def _round(rng: random.Random) -> Outcome:
         return Outcome(
             max(0.0, written_at - detected_at), detected_at - killed_at, failed_chats, missing, extra, phantom
         )
-
-
-@asynccontextmanager
-async def _registry(url: str) -> AsyncIterator[RedisRegistry]:
-    registry = RedisRegistry(StoreSettings.load(redis_url=url, prefix=PREFIX))
-    await registry.start()
-    try:
-        yield registry
-    finally:
-        await registry.aclose()
-
-
-async def _first_write(registry: RedisRegistry) -> float:
-    """Write until a write is acknowledged; return the time of that."""
-    while True:
-        try:
-            await registry.put(_WRITTEN, b"x")
-        except StoreError:
-            await asyncio.sleep(0)
-        else:
-            return time.monotonic()
-
-
-class Keys:
-    """The keys that must be there, and a watch that shows those that are."""
-
-    def __init__(self, owners: list[RedisRegistry]) -> None:
-        self._owners = owners
-        self._expected: set[str] = {_WRITTEN}
-        self._registering = True
-        self._shown: dict[str, bytes] = {}
-        self._watch = owners[-1].watch("")
-        self._following = asyncio.create_task(self._follow())
-
-    async def _follow(self) -> None:
-        async for batch in self._watch:
-            for event in batch.events:
-                if isinstance(event, Put):
-                    self._shown[event.record.key] = event.record.value
-                else:
-                    self._shown.pop(event.key, None)
-
-    async def register_first(self) -> None:
-        """Register the keys that each owner has from the start."""
-        for number in range(OWNERS * KEYS_AN_OWNER):
-            await self._register(number)
-
-    async def register_on(self) -> None:
-        """Register further keys until `stop`."""
-        number = OWNERS * KEYS_AN_OWNER
-        while self._registering:
-            with suppress(StoreError):  # then the key must not be there in the end
-                await self._register(number)
-            number += 1
-            await asyncio.sleep(REGISTER_EVERY_S)
-
-    def stop(self) -> None:
-        """Let `register_on` end."""
-        self._registering = False
-
-    async def _register(self, number: int) -> None:
-        key = f"owned/{number}"
-        await self._owners[number % OWNERS].register(key, b"%d" % number)
-        self._expected.add(key)
-
-    async def note_others(self) -> None:
-        """Note the keys of the deployment."""
-        found = await self._owners[0].get_prefix("")
-        self._expected.update(record.key for record in found.records if not record.key.startswith("owned/"))
-
-    async def compare(self) -> tuple[int, int, int]:
-        """Return how many keys are missing, extra and phantom: as soon as none is, or after `CALM_S`."""
-        deadline = time.monotonic() + CALM_S
-        while True:
-            found = {record.key: record.value for record in (await self._owners[0].get_prefix("")).records}
-            missing = self._expected - found.keys()
-            extra = found.keys() - self._expected
-            phantom = {key for key, _ in found.items() ^ self._shown.items()}
-            if not (missing or extra or phantom) or time.monotonic() > deadline:
-                for name, keys in (("missing", missing), ("extra", extra), ("phantom", phantom)):
-                    if keys:
-                        print(f"H2: {name}: {', '.join(sorted(keys)[:5])}", flush=True)
-                return len(missing), len(extra), len(phantom)
-            await asyncio.sleep(0.1)
-
-    async def aclose(self) -> None:
-        """End the watch."""
-        await self._watch.aclose()
-        await self._following
