@@ -217,16 +217,19 @@ class CompletionOptions(RequestBody):
             )
         if self.nvext is not None:
             parameters.NVEXT.check(self.nvext.model_extra, Extensions.model_fields, "nvext.")
-            for name in self.extra_fields:
-                if name not in EXTRA_FIELDS:
-                    raise unsupported(
-                        "nvext.extra_fields", f"there are {', '.join(EXTRA_FIELDS)}, and no {name[:64]!r}"
-                    )
-            if self.extra_fields and (self.n or 1) > 1:
-                raise unsupported("nvext.extra_fields", "they are those of one choice")
+            self._check_extra_fields()
         self._sampling = self._read_sampling()
         self.thinking_budget()
         _ = self.ignores_eos  # like these, it raises if two parameters differ
+
+    def _check_extra_fields(self) -> None:
+        for name in self.extra_fields:
+            if name not in EXTRA_FIELDS:
+                raise unsupported(
+                    "nvext.extra_fields", f"there are {', '.join(EXTRA_FIELDS)}, and no {name[:64]!r}"
+                )
+        if self.extra_fields and (self.n or 1) > 1:
+            raise unsupported("nvext.extra_fields", "they are those of one choice")
 
     def sampling_options(self) -> SamplingOptions:
         """Return the sampling options of the worker's request, without the seed: each choice has its own."""

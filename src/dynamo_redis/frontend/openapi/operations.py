@@ -105,7 +105,7 @@ def _asks_workers(api: Api) -> Operation:
     )
 
 
-def _counts(name: str, summary: str, answer: Any, body: Any, example: Any) -> Operation:
+def _tokenizes(name: str, summary: str, answer: Any, body: Any, example: Any) -> Operation:
     return Operation(
         name,
         summary,
@@ -124,13 +124,13 @@ def _shows(name: str, summary: str, tag: str, media: str, answer: Any = None, *e
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     **{("POST", api.path): _asks_workers(api) for api in APIS},
-    ("POST", COUNT_PATH): _counts(
+    ("POST", COUNT_PATH): _tokenizes(
         "count_tokens", "The number of tokens of a conversation", answers.TokenCount, CountBody, _CHAT
     ),
-    ("POST", "/tokenize"): _counts(
+    ("POST", "/tokenize"): _tokenizes(
         "tokenize", "The tokens of a text or a chat", answers.TokenizeAnswer, TokenizeBody, _TEXT
     ),
-    ("POST", "/detokenize"): _counts(
+    ("POST", "/detokenize"): _tokenizes(
         "detokenize",
         "The text of tokens",
         answers.DetokenizeAnswer,
