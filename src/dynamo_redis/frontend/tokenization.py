@@ -114,7 +114,7 @@ def _loaded(models: LiveModels, name: str, *, renders: bool | None) -> LoadedMod
     def can_serve(model: LoadedModel) -> bool:
         if renders is None:
             return True
-        return model.template is not None if renders else model.completes_text or model.embeds
+        return model.template is not None if renders else model.completes_text
 
     model = models.get(name, can_serve)
     assert model.loaded is not None

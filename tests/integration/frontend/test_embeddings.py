@@ -168,6 +168,17 @@ async def test_model_of_another_type_is_told(
     assert not embedder.worker.requests
 
 
+async def test_versions_of_both_types_share_a_name(embedder: Any) -> None:
+    await embedder.runtime.publish("demo", model_type="embedding", instance_id=6)
+    embedder.worker.ids.append(6)
+    demo = {**BODY, "model": "demo"}
+    async with asyncio.timeout(WITHIN_S):
+        while (await embedder.http.post(PATH, json=demo)).status_code != 200:
+            await asyncio.sleep(0.01)
+    for _ in range(10):
+        assert (await embedder.http.post(PATH, json=demo)).status_code == 200
+
+
 async def test_tokens_of_an_embedding_model_are_told(embedder: Any) -> None:
     response = await embedder.http.post("/tokenize", json={"model": "vectors", "prompt": "Hello"})
     assert response.json()["tokens"] == embedder.worker.tokenizer.encode("Hello")
