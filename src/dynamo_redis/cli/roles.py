@@ -45,8 +45,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_CONNECT: Final = Part(_words("ping info role client|setname"))
-"""What each process does with a new connection; ROLE behind Sentinels."""
+_CONNECT: Final = Part(_words("ping info role client|setname cluster|slots asking"))
+"""What each process does with a new connection; ROLE behind Sentinels, CLUSTER SLOTS and ASKING on a
+cluster."""
 
 _SCRIPTS: Final = _words("eval evalsha time")
 

@@ -85,6 +85,8 @@ REFUSED_TO: Final[dict[Role, str]] = {
 RARE: Final = {
     "client|setname": "a new connection; monitors of 6.2 do not see it",
     "role": "Sentinels have named the server",
+    "cluster|slots": "the server is a cluster",
+    "asking": "a cluster moves a slot",
     "eval": "the server does not know a script yet",
     "del": "a process ends in order and revokes its lease",
     "type": "names a key of a wrong type in an error",
@@ -232,11 +234,12 @@ async def _serve(deployment: Deployment, server: EmbeddedServer, seen: Seen, adm
     assert (await frontends[0].post("/busy_threshold", json=threshold)).status_code == 200
     await until_stored(admin)
     counts = await seen.learn(admin)
-    for role, kind, process_count in (
-        ("worker", "workers", 2),
-        ("router", "routers", 2),
-        ("frontend", "frontends", 3),
-    ):
+    processes: dict[Role, tuple[str, int]] = {
+        "worker": ("workers", 2),
+        "router": ("routers", 2),
+        "frontend": ("frontends", 3),
+    }
+    for role, (kind, process_count) in processes.items():
         expected = CONNECTIONS[kind] * process_count
         assert expected / 2 <= counts[role] <= 1.5 * expected, f"{kind}: `doctor` counts with {expected}"
     workers[0].process.runtime.registry._registrations._held = False  # type: ignore[attr-defined]

@@ -14,9 +14,10 @@ import anyio
 import pytest
 import redis
 
-from dynamo_redis.cli.doctor.checks import check_replication, check_sentinels
-from dynamo_redis.cli.doctor.examination import examine
+from dynamo_redis.cli.doctor.checks import CHECKS, check_cluster, check_replication, check_sentinels
+from dynamo_redis.cli.doctor.examination import Examination, examine
 from dynamo_redis.cli.roles import ROLES, Form, Role, rules
+from dynamo_redis.store.cluster_server import EmbeddedCluster
 from dynamo_redis.store.sentinel_server import SentinelDeployment
 from dynamo_redis.store.server import EmbeddedServer
 from faults.servers import installed_servers
@@ -244,6 +245,29 @@ def test_tls_is_described(start: Start, cli: Cli, tmp_path: Path) -> None:
     shown = found(cli("doctor", f"{url}?ssl_cert_reqs=none&ssl_check_hostname=false", "--json"))
     assert shown["tls"]["level"] == "warn"
     assert cli("doctor", url).code == 2, "its CA is not known"
+
+
+async def test_cluster_is_examined_by_its_url(tmp_path: Path) -> None:
+    async with EmbeddedCluster(tmp_path) as cluster:
+
+        async def look() -> Examination:
+            return await examine(cluster.url, "doctor", timeout_s=10.0, need={})
+
+        seen = await look()
+        found = {finding.check: finding for finding in (check(seen) for check in CHECKS)}
+        assert {name for name, finding in found.items() if finding.level != "pass"} <= {"replication"}, found
+        assert found["cluster"].text == "a cluster of 3 primaries, each with a replica"
+        assert found["rights"].data["roles"] == list(ROLES)
+        lost = next(node for node in cluster.running() if node.master is not None)
+        assert lost.master is not None
+        await lost.server.kill()
+        with anyio.fail_after(60):
+            while (finding := check_cluster(await look())).level == "pass":
+                await anyio.sleep(0.1)
+        assert f"127.0.0.1:{lost.port} cannot be reached" in finding.text
+        alone = await examine(f"redis://127.0.0.1:{lost.master.port}", "doctor", timeout_s=10.0, need={})
+        assert check_cluster(alone).level == "fail"
+        assert "redis+cluster://" in check_cluster(alone).fix
 
 
 async def test_sentinels_of_the_url_are_asked(tmp_path: Path) -> None:

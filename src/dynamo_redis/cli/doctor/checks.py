@@ -116,12 +116,10 @@ def check_sentinels(seen: Examination) -> Finding:
 
 def check_cluster(seen: Examination) -> Finding:
     """Check the state of a cluster, and that the URL names one."""
-    info = seen.info or {}
     if seen.info is None and seen.cluster is None:
         return unseen("cluster", "whether this is a cluster", NO_INFO)
-    is_cluster = info.get("cluster_enabled") == "1" or info.get("redis_mode") == "cluster"
-    data = {"cluster": is_cluster}
-    if not is_cluster:
+    data: dict[str, object] = {"cluster": seen.is_cluster}
+    if not seen.is_cluster:
         return Finding("cluster", "pass", "not a cluster", data=data)
     state = (seen.cluster or {}).get("cluster_state", "")
     size = (seen.cluster or {}).get("cluster_size", "?")
@@ -136,7 +134,22 @@ def check_cluster(seen: Examination) -> Finding:
             "write redis+cluster://HOST:PORT in DYN_REDIS_URL",
             data,
         )
-    return Finding("cluster", "pass", f"a cluster of {size} primaries", data=data)
+    masters = [node for node in seen.nodes if not node.master and not node.is_failing]
+    failing = [node.address for node in seen.nodes if node.is_failing]
+    alone = [
+        master.address
+        for master in masters
+        if not any(node.master == master.node_id and not node.is_failing for node in seen.nodes)
+    ]
+    data |= {"primaries": len(masters), "failing": failing, "without_replica": alone}
+    text = f"a cluster of {size} primaries"
+    if failing:
+        text += f"; {', '.join(failing)} cannot be reached"
+        return Finding("cluster", "warn", text, "start it, or take it out: CLUSTER FORGET", data)
+    if alone:
+        text += f"; {', '.join(alone)} without a replica: its keys are away while it is"
+        return Finding("cluster", "warn", text, "give each primary a replica", data)
+    return Finding("cluster", "pass", f"{text}, each with a replica" if seen.nodes else text, data=data)
 
 
 # --------------------------------------------------------------------------- what processes do

@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from dynamo_redis.cli.doctor.providers import Provider, provider_of
+from dynamo_redis.cli.doctor.questions import Questions
 from dynamo_redis.cli.doctor.rights import missing_rights
 from dynamo_redis.cli.roles import Role
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.redis.blocking import Argument, BlockingConnection, pack
+from dynamo_redis.store.redis.base import StoreClient
+from dynamo_redis.store.redis.blocking import pack
 from dynamo_redis.store.redis.certificate import TlsSession, tls_session
-from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.redis.quorum import SentinelView, sentinel_views
 from dynamo_redis.store.scripts import Script
 
@@ -69,6 +69,28 @@ class Outcome:
         return cls(False, str(exc), exc.answer_code == "NOPERM")
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterNode:
+    """A node of a cluster as another node sees it. `master`: the id of its master, or "" if it is one."""
+
+    node_id: str
+    address: str
+    master: str
+    is_failing: bool
+
+    @classmethod
+    def of(cls, line: str) -> ClusterNode:
+        """Read a line of CLUSTER NODES."""
+        node_id, address, flags, master = line.split()[:4]
+        words = flags.split(",")
+        return cls(
+            node_id,
+            address.partition("@")[0],
+            "" if "master" in words else master,
+            bool({"fail", "fail?", "noaddr", "handshake"} & set(words)),
+        )
+
+
 @dataclass(slots=True)
 class Examination:
     """All that was learned about a server. A part that it did not show is None, or absent from a mapping.
@@ -87,6 +109,7 @@ class Examination:
     config: dict[str, str] = field(default_factory=dict)
     config_refusal: str = ""
     cluster: dict[str, str] | None = None
+    nodes: list[ClusterNode] = field(default_factory=list)
     schema: str | None = None
     schema_error: str = ""
     lease_count: int | None = None
@@ -114,6 +137,16 @@ class Examination:
         return self.url.startswith("unix:") or host in ("localhost", "::1") or host.startswith("127.")
 
     @property
+    def is_cluster(self) -> bool:
+        """True for a cluster: by its URL, or by what the server says."""
+        says = self.info or {}
+        return (
+            "+cluster" in self.url.partition("://")[0]
+            or says.get("cluster_enabled") == "1"
+            or says.get("redis_mode") == "cluster"
+        )
+
+    @property
     def version(self) -> tuple[int, ...]:
         """The version of Redis whose commands the server has; empty if it is not known."""
         text = (self.info or {}).get("redis_version", "")
@@ -122,71 +155,49 @@ class Examination:
 
 async def examine(url: str, prefix: str, *, timeout_s: float, need: dict[str, int]) -> Examination:
     """Examine a server. Raises StoreError if it cannot be reached, and ConfigError for a wrong URL."""
-    client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-doctor")
+    client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-doctor")
     key = RegistryKeys(prefix).structure(f"doctor:{secrets.token_hex(8)}")
     seen = Examination(url, prefix, client.address, client.user, need=need)
     seen.provider = provider_of(urlsplit(url).hostname or "")
-    connection = client.blocking()
+    questions = Questions(client.sending(), key)
     try:
-        await _connect(connection)
+        await questions.connect()
         tls = asyncio.create_task(_see_tls(seen, timeout_s))
         seen.sentinels = await sentinel_views(url, timeout_s)
-        await _ask(connection, seen)
-        await _measure(connection, seen)
-        await _try_scripts(connection, seen, key)
-        await _try_blocking_read(client, connection, seen, key)
+        await _ask(questions, seen)
+        await _measure(questions, seen)
+        await _try_scripts(questions, seen, key)
+        await _try_blocking_read(client, questions, seen, key)
         await _try_notifications(client, seen)
-        seen.rights = await missing_rights(connection, seen.user, prefix)
+        unused = {"role"} if not seen.sentinels else set()
+        unused |= {"cluster|slots", "asking"} if not seen.is_cluster else set()
+        seen.rights = await missing_rights(questions, seen.user, prefix, unused)
         await tls
     finally:
-        with suppress(StoreError):
-            await connection.execute_each([pack("UNLINK", key)])
-        await connection.aclose()
+        await questions.ask([("UNLINK", key)])
+        await questions.aclose()
         await client.aclose()
     return seen
 
 
-async def _connect(connection: BlockingConnection) -> None:
-    """Connect. Raises StoreError if there is no connection, or no login."""
-    (answer,) = await connection.execute_each([pack("PING")])
-    if isinstance(answer, StoreError) and answer.answer_code in ("NOAUTH", "WRONGPASS"):
-        raise answer
-
-
-async def _each(connection: BlockingConnection, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-    """Run commands in one round trip; the answer of one that is refused is its StoreError.
-
-    Where the connection breaks, the commands are sent one by one: some proxies close it upon a command that
-    they do not know."""
-    packed = [pack(*command) for command in commands]
-    try:
-        return await connection.execute_each(packed)
-    except StoreError:
-        answers: list[Any] = []
-        for command in packed:
-            try:
-                answers += await connection.execute_each([command])
-            except StoreError as exc:
-                answers.append(exc)
-        return answers
-
-
-async def _ask(connection: BlockingConnection, seen: Examination) -> None:
+async def _ask(questions: Questions, seen: Examination) -> None:
     keys = RegistryKeys(seen.prefix)
-    info, cluster, schema, leases, *settings = await _each(
-        connection,
+    info, cluster, nodes, schema, leases, *settings = await questions.ask(
         [
             ("INFO",),
             ("CLUSTER", "INFO"),
+            ("CLUSTER", "NODES"),
             ("HMGET", keys.meta, "schema"),
             ("ZCARD", keys.structure("leases")),
             *(("CONFIG", "GET", name) for name in SETTINGS),
-        ],
+        ]
     )
     if isinstance(info, bytes):
         seen.info = _parse(info)
     if isinstance(cluster, bytes):
         seen.cluster = _parse(cluster)
+    if isinstance(nodes, bytes):
+        seen.nodes = [ClusterNode.of(line) for line in nodes.decode().splitlines() if line.count(" ") > 6]
     if isinstance(schema, StoreError):
         seen.schema_error = str(schema)
     elif schema and schema[0] is not None:
@@ -206,16 +217,15 @@ def _parse(text: bytes) -> dict[str, str]:
     return {name: value for name, colon, value in lines if colon}
 
 
-async def _measure(connection: BlockingConnection, seen: Examination) -> None:
+async def _measure(questions: Questions, seen: Examination) -> None:
     """Measure round trips, and compare the clocks at the shortest one."""
-    time_command = pack("TIME")
     end = time.perf_counter() + TRIPS_S
     shortest_s = float("inf")
     while len(seen.trips_s) < TRIPS_MOST_COUNT:
         if len(seen.trips_s) >= TRIPS_LEAST_COUNT and time.perf_counter() >= end:
             return
         began = time.perf_counter()
-        (answer,) = await connection.execute_each([time_command])
+        (answer,) = await questions.ask([("TIME",)])
         took_s = time.perf_counter() - began
         seen.trips_s.append(took_s)
         if took_s < shortest_s and isinstance(answer, list):
@@ -223,26 +233,26 @@ async def _measure(connection: BlockingConnection, seen: Examination) -> None:
             seen.clock_ahead_s = int(answer[0]) + int(answer[1]) / 1e6 - (time.time() - took_s / 2)
 
 
-async def _try_scripts(connection: BlockingConnection, seen: Examination, key: str) -> None:
+async def _try_scripts(questions: Questions, seen: Examination, key: str) -> None:
     arguments = (1, key, "x", _KEY_LIVES_MS)
-    by_source, by_hash = await _each(
-        connection, [("EVAL", _WRITE.source, *arguments), ("EVALSHA", _WRITE.sha, *arguments)]
+    by_source, by_hash = await questions.ask(
+        [("EVAL", _WRITE.source, *arguments), ("EVALSHA", _WRITE.sha, *arguments)]
     )
     seen.scripts = Outcome.of(by_source) if isinstance(by_source, StoreError) else Outcome(True)
     seen.script_hashes = Outcome.of(by_hash) if isinstance(by_hash, StoreError) else Outcome(True)
 
 
-async def _try_blocking_read(
-    client: RedisClient, connection: BlockingConnection, seen: Examination, key: str
-) -> None:
+async def _try_blocking_read(client: StoreClient, questions: Questions, seen: Examination, key: str) -> None:
     """Let a second connection wait for an entry that this one writes then."""
     if seen.scripts is None or not seen.scripts.works:
         return
-    waiting = client.blocking()
+    waiting = client.blocking(key)
     try:
-        (last,) = await _each(waiting, [("XREVRANGE", key, "+", "-", "COUNT", 1)])
-        if isinstance(last, StoreError):
-            seen.blocking_read = Outcome.of(last)
+        newest = pack("XREVRANGE", key, "+", "-", "COUNT", 1)
+        try:
+            last = await waiting.execute(newest, block_s=0.0)
+        except StoreError as exc:
+            seen.blocking_read = Outcome.of(exc)
             return
         after = last[0][0] if last else b"0-0"
         read = pack("XREAD", "COUNT", 1, "BLOCK", round(_BLOCK_S * 1000), "STREAMS", key, after)
@@ -252,7 +262,7 @@ async def _try_blocking_read(
         await asyncio.sleep(2 * min(seen.trips_s, default=0.0) + 0.002)
         was_waiting = not task.done()
         began = time.perf_counter()
-        await _each(connection, [("EVAL", _WRITE.source, 1, key, "y", _KEY_LIVES_MS)])
+        await questions.ask([("EVAL", _WRITE.source, 1, key, "y", _KEY_LIVES_MS)])
         try:
             found = await task
         except StoreError as exc:
@@ -265,7 +275,7 @@ async def _try_blocking_read(
         await waiting.aclose()
 
 
-async def _try_notifications(client: RedisClient, seen: Examination) -> None:
+async def _try_notifications(client: StoreClient, seen: Examination) -> None:
     """Let a key expire and wait for its notification, if the setting cannot be read.
 
     The key is that of a lease that does not exist, since users may subscribe to no other channel: processes
@@ -275,7 +285,7 @@ async def _try_notifications(client: RedisClient, seen: Examination) -> None:
     keys = RegistryKeys(seen.prefix)
     key = keys.structure(f"lease:{secrets.randbits(63):016x}")
     try:
-        subscription = await client.subscribe(keys.lease_channel)
+        subscription = await client.subscribe(keys.lease_channel, beside=key)
     except StoreError:
         return
     try:

@@ -9,11 +9,12 @@ next command.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from typing import Any, Final
 
+from dynamo_redis.cli.doctor.questions import Questions
 from dynamo_redis.cli.roles import ROLES, Role, channel_pattern, examples, parts_of
 from dynamo_redis.errors import StoreError
-from dynamo_redis.store.redis.blocking import BlockingConnection, pack
 
 _NO_HASH: Final = "0" * 40
 
@@ -21,6 +22,8 @@ HARMLESS: Final = {
     "ping": "PING",
     "info": "INFO server",
     "role": "ROLE",
+    "cluster|slots": "CLUSTER SLOTS",
+    "asking": "ASKING",
     "client|setname": "CLIENT SETNAME dynamo-redis-doctor",
     "type": "TYPE KEY",
     "eval": "EVAL return(0) 1 KEY",
@@ -94,15 +97,17 @@ Need = tuple[str, str]
 """A command, and the key or channel that it is sent to."""
 
 
-async def missing_rights(connection: BlockingConnection, user: str, prefix: str) -> dict[Role, list[str]]:
-    """Return for each role the commands, with their keys, that the user may not send. Raises StoreError if
-    the connection breaks."""
+async def missing_rights(
+    questions: Questions, user: str, prefix: str, unused: Collection[str]
+) -> dict[Role, list[str]]:
+    """Return for each role the commands, with their keys, that the user may not send. `unused` are commands
+    that are not needed at this server."""
     name = f"doctor-{secrets.token_hex(8)}"
-    needs = {role: _needs(role, prefix, name) for role in ROLES}
+    needs = {role: [need for need in _needs(role, prefix, name) if need[0] not in unused] for role in ROLES}
     every = sorted({need for found in needs.values() for need in found}, key=lambda need: need[0] in _LAST)
-    refused = await _dry_run(connection, user, every)
+    refused = await _dry_run(questions, user, every)
     if refused is None:
-        refused = await _do(connection, every)
+        refused = await _do(questions, every)
     return {role: [_shown(need, name) for need in found if need in refused] for role, found in needs.items()}
 
 
@@ -134,33 +139,40 @@ def _shown(need: Need, name: str) -> str:
     return f"{command} {target.replace(name, '*')}".strip()
 
 
-async def _dry_run(connection: BlockingConnection, user: str, needs: list[Need]) -> set[Need] | None:
+async def _dry_run(questions: Questions, user: str, needs: list[Need]) -> set[Need] | None:
     """Return the refused ones, by `ACL DRYRUN`; None if the server does not answer that."""
-    commands = [pack("ACL", "DRYRUN", user, *_command(HARMLESS[need[0]], need[1])) for need in needs]
-    (first,) = await connection.execute_each(commands[:1])
+    commands = [("ACL", "DRYRUN", user, *_command(HARMLESS[need[0]], need[1])) for need in needs]
+    (first,) = await questions.ask(commands[:1])
     if isinstance(first, StoreError):
         return None
-    answers = await connection.execute_each(commands)
+    answers = await questions.ask(commands)
     return {need for need, answer in zip(needs, answers, strict=True) if answer != b"OK"}
 
 
-async def _do(connection: BlockingConnection, needs: list[Need]) -> set[Need]:
+async def _do(questions: Questions, needs: list[Need]) -> set[Need]:
     """Return the refused ones, by sending each."""
-    commands: list[bytes] = []
+    commands: list[list[str]] = []
+    keys: list[str] = []
     places: list[int] = []
+
+    def send(command: list[str], key: str = "") -> None:
+        commands.append(command)
+        keys.append(key)
+
     for command, target in needs:
         if command == "multi":
             continue
         if command == "exec":
-            commands.append(pack("MULTI"))
+            send(["MULTI"])
         places.append(len(commands))
         if command in REMOVED_BY:
             target = f"{target}-{command}"
-        commands.append(pack(*_command(HARMLESS[command], target)))
+        key = target if "KEY" in HARMLESS[command] else ""
+        send(_command(HARMLESS[command], target), key)
         if command in REMOVED_BY:
-            commands.append(pack(*_command(REMOVED_BY[command], target)))
-    answers = await connection.execute_each(commands)
-    await connection.aclose()  # it is a subscriber now
+            send(_command(REMOVED_BY[command], target), key)
+    answers = await questions.ask(commands, keys)
+    await questions.aclose()  # it is a subscriber now
     sent = [need for need in needs if need[0] != "multi"]
     return {need for need, place in zip(sent, places, strict=True) if _is_refusal(answers[place])}
 
