@@ -1,4 +1,4 @@
-"""What goes on while a part of the store fails: owners that register keys, a writer, and a watch."""
+"""The load while a part of the store fails: owners that register keys, a writer, and a watch."""
 
 from __future__ import annotations
 
