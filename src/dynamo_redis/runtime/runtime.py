@@ -42,7 +42,7 @@ from dynamo_redis.runtime.system.health import ProcessState
 from dynamo_redis.runtime.system.labels import check_labels
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Locks, ObjectStore, Registration, Registry
-from dynamo_redis.store.connect import open_events, open_locks, open_store
+from dynamo_redis.store.connect import open_whole_store
 from dynamo_redis.store.event_base import EventStreams
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ class DistributedRuntime:
         # The address to advertise is the one on the route to Redis; a given registry has no URL.
         self._redis_url = settings.store.require_url() if registry is None else None
         if registry is None:
-            registry, objects = open_store(settings.store)
-            locks = open_locks(settings.store)
-            events = open_events(settings.store, settings.events)
+            registry, objects, locks, events = open_whole_store(settings.store, settings.events)
         self.registry = registry
         self._objects = objects
         self._locks = locks

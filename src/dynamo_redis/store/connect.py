@@ -16,6 +16,27 @@ def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
     return RedisRegistry(settings), RedisObjectStore.from_settings(settings)
 
 
+def open_whole_store(
+    settings: StoreSettings, events: EventSettings
+) -> tuple[Registry, ObjectStore, Locks, EventStreams]:
+    """Return all parts of the store on one client, not yet connected, which is closed with the registry.
+
+    Raises ConfigError if no server is configured.
+    """
+    from dynamo_redis.store.locks.redis_locks import RedisLocks
+    from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+    from dynamo_redis.store.registry.redis_registry import RedisRegistry
+    from dynamo_redis.store.streams.redis_streams import RedisEventStreams
+
+    registry = RedisRegistry(settings)
+    return (
+        registry,
+        RedisObjectStore(registry.client, settings.prefix),
+        RedisLocks(registry.client, settings.prefix),
+        RedisEventStreams(registry.client, settings.prefix, events),
+    )
+
+
 def open_read_only(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
     """Return them as `open_store` does, but read-only: methods that write raise StoreRefused."""
     from dynamo_redis.store.objects.redis_objects import RedisObjectStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-CONNECTIONS: Final = {"workers": 8, "frontends": 13, "routers": 10}
+CONNECTIONS: Final = {"workers": 5, "frontends": 9, "routers": 8}
 """Connections of one process at rest with routing by KV caches, counted on a running deployment. More are
 open while many commands are under way."""
 

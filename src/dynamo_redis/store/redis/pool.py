@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import redis.asyncio
 
+IDLE_S: Final = 60.0
+"""Time without a command after which a connection is closed: a burst of commands leaves none behind."""
+
 
 class EpochPool(redis.asyncio.BlockingConnectionPool):
-    """A pool that uses only connections of the present epoch, and closes idle ones of earlier epochs."""
+    """A pool that uses only connections of the present epoch. It closes idle ones of earlier epochs, and
+    those that were not used for `IDLE_S`."""
 
     epoch: Callable[[], int]
     _swept_in = 0
+    _swept_at = 0.0
 
     def sweep(self) -> None:
         """Close the idle connections."""
         idle: Any
         for idle in self._available_connections:
             idle._close()
+
+    def _close_unused(self, since: float) -> None:
+        """Close the idle connections that were last used before a time."""
+        idle: Any
+        for idle in self._available_connections:
+            if idle.is_connected and idle.used_at < since:
+                idle._close()
 
     def close(self) -> None:
         """Close every connection without waiting; what is in use there fails. A `disconnect` that is
@@ -34,6 +47,11 @@ class EpochPool(redis.asyncio.BlockingConnectionPool):
         if self._swept_in != epoch:
             self._swept_in = epoch
             self.sweep()
+        now = time.monotonic()
+        if now - self._swept_at > IDLE_S / 4:
+            self._swept_at = now
+            self._close_unused(now - IDLE_S)
+        connection.used_at = now
         if connection.is_connected and connection.made_in != epoch:
             connection._close()
         if not connection.is_connected:

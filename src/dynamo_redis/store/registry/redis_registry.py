@@ -21,6 +21,7 @@ from dynamo_redis.histogram import HistogramReading
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Registration, Revision, Watch
 from dynamo_redis.store.keys import RegistryKeys, check_key, check_prefix
+from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.client import CLOSE_TIMEOUT_S
 from dynamo_redis.store.redis.health import Health
 from dynamo_redis.store.redis.opening import open_client
@@ -91,6 +92,11 @@ class RedisRegistry(KeyOperations):
         )
 
     # ------------------------------------------------------------------ state and life
+
+    @property
+    def client(self) -> StoreClient:
+        """The client that it uses, for the other parts of the store. It is closed with the registry."""
+        return self._client
 
     @property
     def lease_id(self) -> LeaseId:

@@ -10,8 +10,10 @@ import pytest
 from redis.asyncio import Redis
 
 from dynamo_redis.store.base import LostReason, Put
+from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.registry import log_reader
+from dynamo_redis.store.redis import pool
+from dynamo_redis.store.registry import log_reader, reaper
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
 WAIT_S = 30.0
@@ -121,3 +123,23 @@ async def test_watch_that_ends_a_rest_misses_no_change(dynamo_redis_url: str, op
         first = int(seen[0]) if seen else 0
         assert seen == [b"%d" % number for number in range(first, 50)]
         await other.delete("n")
+
+
+async def test_resting_runtime_has_two_connections(
+    dynamo_redis_url: str, dynamo_runtime_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for commands of all parts of the store, and one for the lease's thread."""
+    monkeypatch.setattr(pool, "IDLE_S", 0.5)
+    monkeypatch.setattr(reaper, "LISTENERS_COUNT", 0)
+    runtime = await dynamo_runtime_factory()
+
+    async def serve(request: Any) -> Any:
+        yield request
+
+    await runtime.endpoint("test.backend.generate").start_serving(serve)
+    await asyncio.gather(*(runtime.objects.list() for _ in range(8)))
+    await runtime.events.publish(StreamName("test", "backend", "load"), b"")
+    async with asyncio.timeout(WAIT_S):
+        while len(await connections(dynamo_redis_url, runtime.registry)) > 2:
+            await asyncio.sleep(0.05)
+    assert runtime.registry._reader.rests
