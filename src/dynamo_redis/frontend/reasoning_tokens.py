@@ -63,12 +63,11 @@ class ReasoningTokens:
             self._text += self._token_bytes(token_id)
             if not self._is_inside:
                 self._begin_reasoning()
-            if self._is_inside and self._end in self._text:
-                self._is_over = True
+            if self._is_inside:
+                self._is_over = self._end in self._text
+                self._text = self._text[1 - len(self._end) :]
             if self._is_over:
                 return
-            if self._is_inside:
-                self._text = self._text[1 - len(self._end) :]
 
     def _begin_reasoning(self) -> None:
         """Decide whether the answer begins with reasoning, as soon as its text says so."""

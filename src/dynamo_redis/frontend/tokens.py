@@ -168,6 +168,9 @@ class Tokenizer:
     def shown_bytes(self, shown: frozenset[str]) -> Callable[[int], bytes]:
         """Return the function that returns the text of one token as a detokenizer with these special tokens
         shows it."""
+        if self._is_byte_level:
+            texts = self._texts_with(shown)
+            return lambda token_id: text if isinstance(text := texts[token_id], bytes) else text.encode()
         hidden = self._hidden(shown)
         return lambda token_id: b"" if token_id in hidden else self.token_bytes(token_id)
 
