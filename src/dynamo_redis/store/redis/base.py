@@ -7,14 +7,14 @@ A cluster finds a node by a key. So methods take a key where their commands do n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.histogram import Histogram
 from dynamo_redis.store.redis.blocking import Argument
 from dynamo_redis.store.redis.subscription import ChannelSubscription
-from dynamo_redis.store.redis.threads import ThreadConnection, ThreadScripts
+from dynamo_redis.store.redis.threads import ThreadConnection, ThreadScripts, do_nothing
 from dynamo_redis.store.scripts import Script
 
 
@@ -124,9 +124,14 @@ class StoreClient(Protocol):
         """Subscribe to one channel, on a separate connection. Raises StoreError."""
         ...
 
-    def sync(self, timeout_s: float, *, key: Argument) -> ThreadConnection:
+    def sync(
+        self, timeout_s: float, *, key: Argument, on_move: Callable[[], None] = do_nothing
+    ) -> ThreadConnection:
         """Return a connection for another thread, for scripts with this key's hash tag. Each step of it waits
-        at most `timeout_s`."""
+        at most `timeout_s`.
+
+        `on_move` is called, from any thread, when new connections lead to another server.
+        """
         ...
 
     def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from threading import Lock
 from typing import Any, Final
@@ -44,7 +44,7 @@ from dynamo_redis.store.redis.route import Route, open_route, route_options, rou
 from dynamo_redis.store.redis.server_errors import FAILURES
 from dynamo_redis.store.redis.server_state import ServerState
 from dynamo_redis.store.redis.subscription import ChannelSubscription
-from dynamo_redis.store.redis.threads import EventLoopScripts, SyncConnection, ThreadScripts
+from dynamo_redis.store.redis.threads import EventLoopScripts, SyncConnection, ThreadScripts, do_nothing
 from dynamo_redis.store.redis.url import make_connection, parse_server_url
 from dynamo_redis.store.scripts import Script
 
@@ -89,8 +89,9 @@ class RedisClient:
         self._pool = EpochPool(max_connections=MAX_CONNECTIONS_COUNT, timeout=timeout_s, **self._options)
         self._pool.epoch = self._server.epoch
         self._redis = with_raw_replies(redis.asyncio.Redis(connection_pool=self._pool))
-        self._others: WeakSet[BlockingConnection | ChannelSubscription | SyncConnection] = WeakSet()
-        self._others_lock = Lock()
+        self._others: WeakSet[BlockingConnection | ChannelSubscription] = WeakSet()
+        self._of_threads: WeakSet[SyncConnection] = WeakSet()
+        self._of_threads_lock = Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._move = asyncio.Event()
         self._route.add_listener(self._on_move)
@@ -272,15 +273,17 @@ class RedisClient:
 
     def _on_move(self) -> None:
         """Close all connections, since new ones lead to another server. Called from any thread."""
+        with self._of_threads_lock:
+            of_threads = tuple(self._of_threads)
+        for connection in of_threads:
+            connection.leave_server()
         if self._loop is not None:
             with suppress(RuntimeError):  # the event loop is closed
                 self._loop.call_soon_threadsafe(self._leave_server)
 
     def _leave_server(self) -> None:
         self._pool.close()
-        with self._others_lock:
-            others = tuple(self._others)
-        for other in others:
+        for other in tuple(self._others):
             other.abort()
         self._move.set()
         self._move = asyncio.Event()
@@ -298,7 +301,7 @@ class RedisClient:
             return connection
 
         made = BlockingConnection(connect, self._server.error, self._server.epoch, self.timeout_s)
-        self._keep(made)
+        self._others.add(made)
         return made
 
     def sending(self) -> Sending:
@@ -317,26 +320,26 @@ class RedisClient:
     async def _subscribe(self, command: str, names: Sequence[str]) -> ChannelSubscription:
         self._check_open()
         subscription = ChannelSubscription(self._server, make_connection(self._options), self.timeout_s)
-        self._keep(subscription)
+        self._others.add(subscription)
         await subscription.start(command, names)
         return subscription
 
-    def sync(self, timeout_s: float, *, key: Argument = "") -> SyncConnection:
-        """Return a connection for another thread, each step of which waits at most `timeout_s`."""
+    def sync(
+        self, timeout_s: float, *, key: Argument = "", on_move: Callable[[], None] = do_nothing
+    ) -> SyncConnection:
+        """As `StoreClient.sync`."""
         del key  # there is one server
         options = route_thread_options(self._url.thread_options() | _common(timeout_s), self._route)
         options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._login.log_in_from_thread}
-        made = SyncConnection(self._server, redis.ConnectionPool(max_connections=1, **options))
-        self._keep(made)
+        pool = redis.ConnectionPool(max_connections=1, **options)
+        made = SyncConnection(self._server, pool, on_move)
+        with self._of_threads_lock:
+            self._of_threads.add(made)
         return made
 
     def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:
         """Return an access to this client's connections for a thread other than that of `loop`."""
         return EventLoopScripts(self.script, lambda: self.address, loop, timeout_s)
-
-    def _keep(self, other: BlockingConnection | ChannelSubscription | SyncConnection) -> None:
-        with self._others_lock:
-            self._others.add(other)
 
     # ------------------------------------------------------------------ errors
 

@@ -20,6 +20,10 @@ from dynamo_redis.store.redis.server_state import ServerState
 from dynamo_redis.store.scripts import Script
 
 
+def do_nothing() -> None:
+    """Do nothing."""
+
+
 class ThreadScripts(Protocol):
     """Blocking calls of scripts, for a thread."""
 
@@ -79,7 +83,10 @@ class EventLoopScripts:
 class SyncConnection:
     """A connection for one thread. `close` may be called from any thread once that thread has ended."""
 
-    def __init__(self, server: ServerState, pool: redis.ConnectionPool) -> None:
+    def __init__(
+        self, server: ServerState, pool: redis.ConnectionPool, on_move: Callable[[], None] = do_nothing
+    ) -> None:
+        self._on_move = on_move
         self._server = server
         self._pool = pool
         self._redis = with_raw_replies(redis.Redis(connection_pool=pool))
@@ -131,6 +138,11 @@ class SyncConnection:
             if (open_socket := connection._sock) is not None:
                 with suppress(OSError):
                     open_socket.shutdown(socket.SHUT_RDWR)
+
+    def leave_server(self) -> None:
+        """End the connection, since a new one leads to another server. From any other thread."""
+        self.abort()
+        self._on_move()
 
     def close(self) -> None:
         """Close the connection. Never raises."""

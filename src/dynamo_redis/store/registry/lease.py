@@ -203,6 +203,7 @@ class Keepalive:
         self._marked_stalled = False
         self._gave_up = False
         self._backoff = Backoff(cap_s=ttl_s / 4)
+        self._server_moved = False
         self._lease_count = 1
         self._wake = threading.Event()
         self._stopping = False
@@ -244,6 +245,14 @@ class Keepalive:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
 
+    def _on_move(self) -> None:
+        """Renew at once at another server, which may have missed the last renewal. From any thread."""
+        with self._lock:
+            self._server_moved = True
+            if self._renew_at != float("inf"):
+                self._renew_at = time.monotonic()
+        self._wake.set()
+
     # ------------------------------------------------------------------ in the thread
 
     @property
@@ -259,7 +268,7 @@ class Keepalive:
         return now + max(0.0, self._deadline - now) * RENEW_AFTER
 
     def _run(self) -> None:
-        connection = self._client.sync(self._attempt_s, key=self._keys.meta)
+        connection = self._client.sync(self._attempt_s, key=self._keys.meta, on_move=self._on_move)
         self._connection, self._step_began_at = connection, time.monotonic()
         try:
             with suppress(StoreError):
@@ -303,6 +312,9 @@ class Keepalive:
         return interval_s * random.uniform(0.5, 1)  # noqa: S311 - jitter
 
     def _try_again_in(self, wait_s: float) -> None:
+        if self._server_moved:  # during the attempt that failed
+            self._server_moved = False
+            wait_s = 0.0
         remaining_s = self._deadline - time.monotonic()
         self._renew_at = time.monotonic() + (min(wait_s, remaining_s / 2) if remaining_s > 0 else wait_s)
 
@@ -310,6 +322,7 @@ class Keepalive:
         with self._lock:
             grant, incarnation = self._grant_count, self._incarnation
         mark = self._chain.observe()
+        self._server_moved = False
         try:
             renewal, sent_at = self._send_renewal(connection, incarnation)
         except (LeaseNotFound, Wiped, OtherIncarnation) as exc:

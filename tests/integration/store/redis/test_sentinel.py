@@ -186,6 +186,21 @@ async def test_ordered_failover_moves_all_connections(
     assert registry.lease_losses == other.lease_losses == 0
 
 
+async def test_lease_is_renewed_at_once_at_a_new_primary(
+    deployment: SentinelDeployment, open_registry: Any
+) -> None:
+    registry = await open_registry(deployment.url, ttl_s=3600.0)
+    await registry.register("i/1", b"v")
+    renewed = asyncio.Event()
+    registry._keepalive._on_renewed = lambda _: renewed.set()
+    old = await deployment.primary()
+    await old.kill()
+    async with asyncio.timeout(WAIT_S):  # a renewal is due in half an hour
+        await renewed.wait()
+    new, _ = await deployment.wait_for_primary(other_than=old)
+    assert str(new.port) in registry._client.address
+
+
 async def test_lossy_failover_is_healed(
     deployment: SentinelDeployment, open_registry: Any, mirror: Any
 ) -> None:

@@ -35,7 +35,13 @@ from dynamo_redis.store.redis.cluster.slots import key_of, slot_of_key
 from dynamo_redis.store.redis.cluster.topology import Topology
 from dynamo_redis.store.redis.server_errors import RouteError, store_error
 from dynamo_redis.store.redis.subscription import ChannelSubscription
-from dynamo_redis.store.redis.threads import EventLoopScripts, SyncConnection, ThreadConnection, ThreadScripts
+from dynamo_redis.store.redis.threads import (
+    EventLoopScripts,
+    SyncConnection,
+    ThreadConnection,
+    ThreadScripts,
+    do_nothing,
+)
 from dynamo_redis.store.redis.url import Address, parse_server_url
 from dynamo_redis.store.scripts import Script
 
@@ -257,14 +263,16 @@ class ClusterClient:
         all nodes."""
         return await self._slot(channel)[1].subscribe_channel(channel)
 
-    def sync(self, timeout_s: float, *, key: Argument) -> ThreadConnection:
+    def sync(
+        self, timeout_s: float, *, key: Argument, on_move: Callable[[], None] = do_nothing
+    ) -> ThreadConnection:
         """As `StoreClient.sync`."""
 
         def at_node(at: Address) -> SyncConnection:
             return self._node(at).sync(timeout_s)
 
         slot, client = self._slot(key)
-        return SlotThread(self._topology, slot, client.sync(timeout_s), at_node, timeout_s)
+        return SlotThread(self._topology, slot, client.sync(timeout_s, on_move=on_move), at_node, timeout_s)
 
     def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:
         """As `StoreClient.from_thread`."""
