@@ -101,6 +101,7 @@ def test_no_password_stands_in_the_file(compose: dict[str, Any]) -> None:
     [
         ("tls", "vllm", "observability"),
         ("sentinel", "vllm", "observability"),
+        ("cluster", "vllm", "observability"),
     ],
 )
 def test_files_over_this_one_can_be_combined(
