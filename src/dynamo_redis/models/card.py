@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,9 @@ ADDITIONAL_TEMPLATE = re.compile(rf"{ADDITIONAL_TEMPLATES}/([A-Za-z0-9_][A-Za-z0
 """The name in a card of a file in that directory; the group is the template's name."""
 
 MAX_ADDITIONAL_TEMPLATES = 32
+
+MAX_FILES_BYTES: Final = 512 << 20
+"""Most bytes of all files of a card. The large one is the tokenizer, of up to 40 MB."""
 
 ModelKind = Literal["chat", "completions", "chat+completions", "embedding"]
 """The kinds of request that a model serves."""
@@ -114,8 +117,8 @@ class ModelCard(VersionedModel):
         """Return the references of the files that a frontend fetches, by name, in the order of upload.
 
         Only known names are among them, since a frontend makes paths of these names, and the registry's data
-        is not trusted. Raises ModelError if a required file is missing, there are too many templates, or a
-        sha256 is not valid.
+        is not trusted. Raises ModelError if a required file is missing, there are too many templates or
+        bytes, or a sha256 is not valid.
         """
         for name in REQUIRED_MODEL_FILES:
             if name not in self.files:
@@ -129,6 +132,12 @@ class ModelCard(VersionedModel):
         for name, reference in wanted.items():
             if not _SHA256.fullmatch(reference.sha256):
                 raise ModelError(f"the card of model {self.display_name!r} has no valid sha256 for {name}")
+        size_bytes = sum(reference.size_bytes for reference in wanted.values())
+        if size_bytes > MAX_FILES_BYTES:
+            raise ModelError(
+                f"the files of model {self.display_name!r} have {size_bytes} bytes by its card; "
+                f"{MAX_FILES_BYTES} are allowed"
+            )
         return wanted
 
 

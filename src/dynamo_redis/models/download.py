@@ -12,7 +12,7 @@ import anyio.to_thread
 
 from dynamo_redis.errors import ModelCacheError, ModelError, ObjectChanged
 from dynamo_redis.models.card import FileReference, ModelCard
-from dynamo_redis.store.base import ObjectStore, parse_object_url
+from dynamo_redis.store.base import ObjectStore, Progress, parse_object_url
 
 
 async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Path) -> Path:
@@ -39,7 +39,7 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
                 raise ModelError(str(exc)) from exc
             draft = blob.with_name(f"{blob.name}.{os.getpid()}.{secrets.token_hex(4)}")
             try:
-                info = await objects.fetch(bucket, name, draft)
+                info = await objects.fetch(bucket, name, draft, progress=_refusing_others(reference))
                 if not await anyio.to_thread.run_sync(_is_whole, draft, reference):
                     raise ObjectChanged(
                         reference.url,
@@ -52,6 +52,20 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
         return _link(cache_dir, wanted)
     except OSError as exc:
         raise ModelCacheError(f"cannot write the model cache {cache_dir}: {exc.strerror or exc}") from exc
+
+
+def _refusing_others(reference: FileReference) -> Progress:
+    """Return a check that ends the download of an object of another size than the card's at its first piece.
+
+    Such a file would be discarded at its end, and could fill the disk before.
+    """
+
+    def check(_: int, total_bytes: int | None) -> None:
+        if total_bytes != reference.size_bytes:
+            reason = f"it has {total_bytes} bytes in Redis, the card says {reference.size_bytes}"
+            raise ObjectChanged(reference.url, reason)
+
+    return check
 
 
 def _is_whole(path: Path, reference: FileReference) -> bool:

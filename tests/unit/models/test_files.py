@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -334,6 +334,43 @@ async def test_versions_of_a_model_do_not_collide(
     fetched = [await fetch_model_files(objects, each, tmp_path / "cache") for each in (card, newer)]
     assert [read_model_directory(path).context_length for path in fetched] == [32768, 4096]
     assert len(await objects.list("models")) == len(card.files) + 1
+
+
+async def test_larger_object_is_left_at_its_first_piece(
+    directory: Path, card: ModelCard, tmp_path: Path
+) -> None:
+    read_count = 0
+
+    class CountingStore(MemoryObjectStore):
+        async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
+            info, pieces = await super()._open(bucket, name)
+
+            async def counted() -> AsyncGenerator[bytes]:
+                nonlocal read_count
+                async for piece in pieces:
+                    read_count += 1
+                    yield piece
+
+            return info, counted()
+
+    objects = CountingStore(chunk_bytes=1024)
+    await _uploaded(objects, directory, card)
+    name = card.files["tokenizer.json"].url.removeprefix("redis-object://models/")
+    await objects.put("models", name, b"x" * (20 << 20))
+    with pytest.raises(ObjectChanged, match="20971520 bytes in Redis, the card says"):
+        await fetch_model_files(objects, card, tmp_path / "cache")
+    assert read_count == 2, "it is tried twice, since an object may be replaced while it is read"
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+async def test_card_with_huge_files_is_refused(
+    objects: MemoryObjectStore, card: ModelCard, tmp_path: Path
+) -> None:
+    huge = card.files["tokenizer.json"].model_copy(update={"size_bytes": 1 << 40})
+    with pytest.raises(ModelError, match=r"bytes by its card; 536870912 are allowed"):
+        await fetch_model_files(
+            objects, card.model_copy(update={"files": card.files | {"tokenizer.json": huge}}), tmp_path
+        )
 
 
 async def test_content_other_than_the_cards_is_refused(
