@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -224,7 +224,8 @@ def _longest_step_s(tool_parser: str, text: str, *, streams: bool) -> float:
     parser = AnswerParser(TOOL_FORMATS[tool_parser], tools={"f": {}}, streams=streams)
     pieces = [text[at : at + PIECE_SIZE] for at in range(0, len(text), PIECE_SIZE)]
     taken_s = []
-    for step in (*(partial(parser.feed, piece) for piece in pieces), parser.finish):
+    steps: list[Callable[[], object]] = [*(partial(parser.feed, piece) for piece in pieces), parser.finish]
+    for step in steps:
         started_s = time.thread_time()
         step()
         taken_s.append(time.thread_time() - started_s)

@@ -133,7 +133,7 @@ class KeyCheck:
             kind="authentication_error",
             code="invalid_api_key",
         )
-        if not any(name == b"expect" for name, _ in scope["headers"]):
+        if scope["type"] == "http" and not any(name == b"expect" for name, _ in scope["headers"]):
             try:
                 await discard(receive)  # most clients read no response before they have sent everything
             except ClientGone:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 
 from dynamo_redis.frontend.completions import TIMEOUT_S
+from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.responses import Event
 from dynamo_redis.frontend.kserve.apis import STREAM_INFER
 from dynamo_redis.frontend.kserve.responses import messages_of
 from dynamo_redis.frontend.kserve.status import Refusal, refusal_of
+
+RECEIVE_S: Final = 60.0
+"""Longest time from the opening of a call to the end of its message."""
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -23,11 +27,13 @@ class AppRequest:
     def __init__(
         self,
         path: str,
-        content: bytes,
+        content: bytes | None,
         call: Call,
         write: Callable[[bytes], Awaitable[bool]],
     ) -> None:
-        """`write` writes a message of the response, and returns False if the client has left."""
+        """`content` is the request; None: it is read from the call once the application asks for it, so that
+        nothing is received of a request without a key. `write` writes a message of the response, and returns
+        False if the client has left."""
         self.scope = {
             "type": "grpc",
             "method": "POST",
@@ -37,7 +43,8 @@ class AppRequest:
         }
         self.gone = asyncio.Event()
         """Set once the client has left."""
-        self._content: bytes | None = content
+        self._content = content
+        self._call: Call | None = call if content is None else None
         self._write = write
         self._status: int | None = None
         self._headers: Sequence[tuple[bytes, bytes]] = ()
@@ -46,6 +53,9 @@ class AppRequest:
 
     async def receive(self) -> Event:
         """Return the request, then wait until the client has left."""
+        if self._call is not None:
+            call, self._call = self._call, None
+            self._content = await read_message(call)
         if self._content is not None:
             content, self._content = self._content, None
             return {"type": "http.request", "body": content, "more_body": False}
@@ -96,6 +106,17 @@ def _headers(call: Call) -> list[tuple[bytes, bytes]]:
         (name.encode(), value if isinstance(value, bytes) else value.encode())
         for name, value in call.invocation_metadata() or ()
     ]
+
+
+async def read_message(call: Call, limit_s: float = RECEIVE_S) -> bytes:
+    """Return the message of a call with one; nothing if the client has sent none. Raises ApiError if it does
+    not come in time."""
+    try:
+        async with asyncio.timeout(limit_s):
+            content = await call.read()
+    except TimeoutError:
+        raise ApiError(408, f"The request was not sent within {limit_s:g} s.") from None
+    return b"" if content is grpc.aio.EOF else content
 
 
 def time_left_s(call: Call) -> float | None:

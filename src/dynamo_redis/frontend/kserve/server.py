@@ -27,6 +27,11 @@ KEEP_ALIVE_S: Final = 60.0
 
 PING_TIMEOUT_S: Final = 20.0
 
+IDLE_CONNECTION_S: Final = 300.0
+"""A connection without a call ends after this time."""
+
+HANDSHAKE_S: Final = 10.0
+
 LAST_SEND_S: Final = 1.0
 """Longest time at the shutdown for the ends of the last calls to reach their clients."""
 
@@ -54,6 +59,9 @@ async def serving_kserve(
             ("grpc.max_send_message_length", -1),
             ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could be many
             ("grpc.keepalive_time_ms", int(KEEP_ALIVE_S * 1000)),
+            ("grpc.max_connection_idle_ms", int(IDLE_CONNECTION_S * 1000)),
+            ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
+            ("grpc.http2.bdp_probe", 0),  # a message that no handler has asked for stays within 64 KiB
             ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
         ],
     )

@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from starlette.types import ASGIApp
 
 from dynamo_redis.frontend.http.errors import ApiError
@@ -32,12 +33,21 @@ from dynamo_redis.frontend.kserve.apis import (
     STREAM_INFER,
     path_of,
 )
-from dynamo_redis.frontend.kserve.app_request import AppRequest, Call, time_left_s
+from dynamo_redis.frontend.kserve.app_request import AppRequest, Call, read_message, time_left_s
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.status import Refusal, refusal_of
 from dynamo_redis.frontend.kserve.wire_size import id_in
 
 log = logging.getLogger(__name__)
+
+IDLE_STREAM_S: Final = 300.0
+"""Longest time that a stream may be without a request: it takes a place among the calls."""
+
+MOST_UNCHECKED_READS: Final = 4
+"""Most messages that are received at a time for calls that need no key."""
+
+UNCHECKED_READ_S: Final = 5.0
+"""Longest time to receive such a message."""
 
 DEADLINE_MARGIN_S: Final = 0.2
 """A call that is cancelled this close to its deadline was cancelled by it."""
@@ -52,6 +62,7 @@ class InferenceService:
         self._app = app
         self._metadata = metadata
         self._send_timeout_s = send_timeout_s
+        self._reading_unchecked = asyncio.Semaphore(MOST_UNCHECKED_READS)
         self._draining = asyncio.Event()
         self._open_count = 0
         self._idle = asyncio.Event()
@@ -73,7 +84,11 @@ class InferenceService:
             await self._idle.wait()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the handlers of all calls."""
+        """Return the handlers of all calls.
+
+        All are handlers of streams, also of calls with one message: grpcio receives the message of any other
+        call, whole, before it hands over the call, also from a client without a key.
+        """
         metadata = self._metadata
         plain: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
             "ServerLive": (metadata.server_live, pb.ServerLiveRequest, pb.ServerLiveResponse),
@@ -84,39 +99,46 @@ class InferenceService:
             "ModelConfig": (metadata.model_config, pb.ModelConfigRequest, pb.ModelConfigResponse),
         }
         handlers: dict[str, Any] = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._answering(name, answer),
-                request_deserializer=request.FromString,
-                response_serializer=response.SerializeToString,
+            name: grpc.stream_stream_rpc_method_handler(
+                self._answering(name, answer, request), response_serializer=response.SerializeToString
             )
             for name, (answer, request, response) in plain.items()
         }
-        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._infer)
+        handlers["ModelInfer"] = grpc.stream_stream_rpc_method_handler(self._infer)
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream_infer)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def _server_ready(self, request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=not self._draining.is_set() and self._metadata.is_ready())
 
-    def _answering(self, method: str, answer: Callable[[Any], Any]) -> Callable[[Any, Call], Awaitable[Any]]:
+    def _answering(
+        self, method: str, answer: Callable[[Any], Any], request: Any
+    ) -> Callable[[Any, Call], Awaitable[None]]:
         """Return the handler of a call that needs no worker. The application only checks it, and logs it."""
 
-        async def handle(request: Any, call: Call) -> Any:
+        async def handle(_: Any, call: Call) -> None:
             if method in CHECKED_CALLS:
                 refusal = await self._run(path_of(method), b"", call, _ignore)
                 if refusal is not None:
                     await _abort(call, refusal)
             try:
-                return answer(request)
+                content = b""
+                if request.DESCRIPTOR.fields:
+                    async with self._reading_unchecked:
+                        content = await read_message(call, UNCHECKED_READ_S)
+                response = answer(request.FromString(content))
+            except DecodeError:
+                await _abort(call, Refusal(grpc.StatusCode.INVALID_ARGUMENT, "The message is broken."))
             except ApiError as exc:
                 await _abort(call, refusal_of(f"{exc.status}\n{exc.code or ''}\n{exc.message}".encode()))
+            await self._write(call, response)
 
         return handle
 
     # ----------------------------------------------------------------- inference
 
-    async def _infer(self, content: bytes, call: Call) -> bytes:
-        """Serve ModelInfer."""
+    async def _infer(self, _: Any, call: Call) -> None:
+        """Serve ModelInfer. Its message is received once its key is checked."""
         messages: list[bytes] = []
 
         async def collect(message: bytes) -> bool:
@@ -124,10 +146,11 @@ class InferenceService:
             return True
 
         with self._open():
-            refusal = await self._run(INFER.path, content, call, collect)
+            refusal = await self._run(INFER.path, None, call, collect)
+            if refusal is None:
+                await self._write(call, b"".join(messages))
         if refusal is not None:
             await _abort(call, refusal)
-        return b"".join(messages)
 
     async def _stream_infer(self, _: Any, call: Call) -> None:
         """Serve ModelStreamInfer. A client that does not read is not waited for at the shutdown."""
@@ -169,20 +192,26 @@ class InferenceService:
         return None
 
     async def _next_request(self, call: Call) -> bytes | Refusal | None:
-        """Return the next request of a stream; None at its end; a refusal at the shutdown."""
+        """Return the next request of a stream; None at its end; a refusal at the shutdown, or if none comes
+        for too long."""
         reading = asyncio.ensure_future(call.read())
         draining = asyncio.create_task(self._draining.wait())
         try:
-            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {reading, draining}, timeout=IDLE_STREAM_S, return_when=asyncio.FIRST_COMPLETED
+            )
             if reading.done():
                 content = reading.result()
                 return None if content is grpc.aio.EOF else cast("bytes", content)
         finally:
             reading.cancel()
             draining.cancel()
+        if not self._draining.is_set():
+            text = f"No request has come for {IDLE_STREAM_S:g} s: open the stream again."
+            return Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text)
         return Refusal(grpc.StatusCode.UNAVAILABLE, "The frontend is shutting down: open the stream again.")
 
-    async def _write(self, call: Call, message: bytes) -> bool:
+    async def _write(self, call: Call, message: Any) -> bool:
         """Write a message. Return False if the client has left, or reads nothing."""
         timeout = asyncio.timeout(self._send_timeout_s)
         try:
@@ -196,7 +225,7 @@ class InferenceService:
         return True
 
     async def _run(
-        self, path: str, content: bytes, call: Call, write: Callable[[bytes], Awaitable[bool]]
+        self, path: str, content: bytes | None, call: Call, write: Callable[[bytes], Awaitable[bool]]
     ) -> Refusal | None:
         """Have the application answer a request, and write its messages. Return the error, if it ends in one.
 

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.kserve import service
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.server import serving_kserve
 from dynamo_redis.models.llm_protocol import GenerateRequest
@@ -216,6 +217,16 @@ async def test_drain_finishes_answers_and_ends_streams(frontend: Frontend, clien
     go_on.set()
     assert (await until_final(busy))[1] == "stop"
     assert (await whole).outputs[1].contents.bytes_contents == [b"stop"]
+
+
+async def test_idle_stream_gives_its_place_back(
+    client: KserveClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "IDLE_STREAM_S", 0.3)
+    stream = client.stream()
+    async with asyncio.timeout(30):
+        assert await stream.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "No request has come for 0.3 s" in await stream.details()
 
 
 async def test_drain_leaves_clients_that_do_not_read(open_frontend: OpenFrontend) -> None:

@@ -15,6 +15,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+from dynamo_redis.frontend.kserve.apis import SERVICE
 from tests.integration.frontend.conftest import Frontend, OpenFrontend
 from tests.kserve_client import infer_request, kserve_client
 
@@ -171,6 +172,15 @@ async def test_calls_but_those_of_health_need_a_key(open_frontend: OpenFrontend)
                 assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
             await call(headers=right)
             await call(headers=right_too)
+
+
+async def test_message_without_a_key_is_not_received(open_frontend: OpenFrontend) -> None:
+    """Calls end before their message has come."""
+    frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0, http_api_key="sk-right")
+    async with kserve_client(frontend.grpc_port) as client, asyncio.timeout(30):
+        for method in ("ModelInfer", "ServerMetadata", "ModelMetadata", "ModelConfig"):
+            call: Any = client.channel.stream_stream(f"/{SERVICE}/{method}")()
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_streams_without_a_key_take_no_place(open_frontend: OpenFrontend) -> None:
