@@ -7,18 +7,20 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 
 from dynamo_redis.cli.doctor.need import CONNECTIONS
 from dynamo_redis.cli.roles import ROLES, Role, commands_of, rules
 from dynamo_redis.errors import StoreError
 from dynamo_redis.router.service import RouterService
+from dynamo_redis.store.cluster_server import EmbeddedCluster
 from dynamo_redis.store.locks import redis_locks
 from dynamo_redis.store.objects import chunks, redis_objects
 from dynamo_redis.store.redis.client import RedisClient
@@ -208,6 +210,48 @@ async def test_system_runs_under_its_roles(
         assert commands_of(role) - sent[role] - RARE.keys() == set(), f"{role} has needless rights"
 
 
+async def test_cluster_serves_under_roles(deployment: Deployment, tmp_path: Path) -> None:
+    async with EmbeddedCluster(tmp_path) as cluster:
+        for node in cluster.running():
+            for role in ROLES:
+                line = " ".join(rules(role, "dynamo"))
+                await node.execute(*words(f"ACL SETUSER {role} reset on >{PASSWORD} {line}"))
+
+        def of(role: Role) -> dict[str, Any]:
+            return {"redis_url": cluster.url.replace("//", f"//{role}:{PASSWORD}@"), "prefix": "dynamo"}
+
+        await deployment.worker(of("worker"))
+        router, runtime = await deployment.router(of("router"))
+        await RouterService(router).serve(runtime)
+        frontends = [
+            await deployment.frontend(of("frontend"), router_replica_sync=True),
+            await deployment.frontend(of("frontend"), router_endpoint="dynamo.router.generate"),
+        ]
+        await until_served(*frontends)
+        await _chat(frontends)
+        await _run("instances\nobjects ls\nevents ls\n", of("viewer")["redis_url"])
+        await _run("put a b\ndel a\nlock name -- true\n", of("admin")["redis_url"])
+        denied = [
+            dict(zip(entry[::2], entry[1::2], strict=True))
+            for node in cluster.running()
+            for entry in await node.execute("ACL", "LOG", 1000)
+        ]
+        assert {one[b"object"] for one in denied if not one[b"object"].startswith(b"config")} == set()
+        await deployment.closing.aclose()
+        for process in reversed(deployment.processes):
+            await process.end()
+        deployment.processes.clear()
+
+
+async def _chat(frontends: Sequence[httpx.AsyncClient]) -> None:
+    for frontend in frontends:
+        for number in range(3):
+            prompt = f"{number} " + "word " * 200
+            body = {"model": "demo", "messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
+            answer = await frontend.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+
+
 async def _serve(deployment: Deployment, server: EmbeddedServer, seen: Seen, admin: RedisClient) -> None:
     """Chats through a worker, a router service, frontends that route by themselves and one that asks the
     service; a worker that dies, and a busy threshold."""
@@ -224,12 +268,7 @@ async def _serve(deployment: Deployment, server: EmbeddedServer, seen: Seen, adm
     frontends.append(await deployment.frontend(of("frontend"), router_endpoint="dynamo.router.generate"))
     await until_served(*frontends, instances=2)
     for _ in range(2):
-        for frontend in frontends:
-            for number in range(3):
-                prompt = f"{number} " + "word " * 200
-                body = {"model": "demo", "messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
-                answer = await frontend.post("/v1/chat/completions", json=body)
-                assert answer.status_code == 200, answer.text
+        await _chat(frontends)
     threshold = {"model": "demo", "active_decode_blocks_threshold": 0.9}
     assert (await frontends[0].post("/busy_threshold", json=threshold)).status_code == 200
     await until_stored(admin)
