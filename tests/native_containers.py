@@ -191,9 +191,11 @@ def can_mount() -> bool:
 def _free_port(taken: Iterable[int]) -> int:
     """Return a port outside the range of which the kernel takes ports for others, so that it stays free.
 
-    So is the port 10,000 above it, which a node of a cluster takes, too."""
+    Each of pytest's processes has a range of its own, as it has 10,000 above it, for the nodes of a cluster.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
     while True:
-        port = random.SystemRandom().randrange(11000, 21000)
+        port = 11000 + 1000 * number + random.SystemRandom().randrange(1000)
         if port in taken:
             continue
         with socket.socket() as probe:
