@@ -172,7 +172,7 @@ def test_bad_settings_are_named_with_their_remedy(start: Start, cli: Cli) -> Non
         "idle",
         "buffers",
     }
-    assert "50 workers, 2 frontends, 1 routers need about" in shown["connections"]["text"]
+    assert "50 workers, 2 frontends, 1 router need about" in shown["connections"]["text"]
     assert "maxclients" in shown["connections"]["fix"]
     assert shown["notifications"]["text"] == "on (AKE)"
 
@@ -218,6 +218,9 @@ def test_unreachable_server_ends_with_two(start: Start, cli: Cli) -> None:
     assert "refuses the user name or password" in found(refused)["connection"]["text"]
     assert "wrong-password" not in refused.out + refused.err
     assert cli("doctor", server.url).code == 2
+    assert cli("doctor", server.url, "--redis-url", server.url).err.startswith(
+        "dynamo-redis: give either URL"
+    )
     in_thread(server.stop)
     gone = cli("doctor", server.url)
     assert gone.code == 2

@@ -350,7 +350,8 @@ def check_connections(seen: Examination) -> Finding:
     fix = ""
     level: Level = "pass"
     if needed:
-        whole = ", ".join(f"{count} {kind}" for kind, count in seen.need.items() if count)
+        parts = ((count, kind.removesuffix("s") if count == 1 else kind) for kind, count in seen.need.items())
+        whole = ", ".join(f"{count} {kind}" for count, kind in parts if count)
         text += f"; {whole} need about {needed}"
     else:
         each = ", ".join(f"a {kind.removesuffix('s')} {count}" for kind, count in CONNECTIONS.items())

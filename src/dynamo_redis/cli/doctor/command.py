@@ -56,6 +56,8 @@ def doctor(
     """  # noqa: E501
     from dynamo_redis.cli.doctor.report import print_findings, print_findings_json
 
+    if url is not None and options.get("redis_url") is not None:
+        raise click.UsageError("give either URL or --redis-url")
     need = {"workers": workers, "frontends": frontends, "routers": routers}
     connect.start_silent_command(options)
     findings, reached = connect.run(_examine(options | ({"redis_url": url} if url else {}), need))
