@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import redis
+from anyio.abc import SocketAttribute, SocketStream
 
 from dynamo_redis.cli.doctor.checks import CHECKS, check_cluster, check_replication, check_sentinels
 from dynamo_redis.cli.doctor.examination import Examination, examine
@@ -147,7 +150,7 @@ def test_server_that_shows_little_is_tried(start: Start, cli: Cli) -> None:
     shown = found(cli("doctor", url, "--json"))
     assert shown["notifications"]["level"] == "warn"
     assert shown["notifications"]["text"].startswith("off")
-    assert shown["rights"]["data"]["missing"]["viewer"] == ["info", "client|setname"]
+    assert shown["rights"]["data"]["roles"] == list(ROLES), "no process needs what is hidden"
     unknown = {name for name, finding in shown.items() if finding["level"] == "unknown"}
     assert {"version", "memory", "persistence", "replication", "connections", "buffers"} <= unknown
     client.config_set("notify-keyspace-events", "Kxe")
@@ -248,6 +251,40 @@ def test_tls_is_described(start: Start, cli: Cli, tmp_path: Path) -> None:
     shown = found(cli("doctor", f"{url}?ssl_cert_reqs=none&ssl_check_hostname=false", "--json"))
     assert shown["tls"]["level"] == "warn"
     assert cli("doctor", url).code == 2, "its CA is not known"
+
+
+async def test_proxy_that_cuts_connections_is_examined(own_redis_server: EmbeddedServer) -> None:
+    """Some proxies close a connection upon a command that they do not know."""
+    host, port = "127.0.0.1", own_redis_server.url.rpartition(":")[2]
+
+    async def serve(client: SocketStream) -> None:
+        async def pass_on(source: SocketStream, sink: SocketStream) -> None:
+            with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                while not re.search(b"CONFIG|ACL|XACK", data := await source.receive()):
+                    await sink.send(data)
+            group.cancel_scope.cancel()
+
+        async with (
+            client,
+            await anyio.connect_tcp(host, int(port)) as server,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(pass_on, client, server)
+            group.start_soon(pass_on, server, client)
+
+    async with (
+        await anyio.create_tcp_listener(local_host=host) as listener,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(listener.serve, serve)
+        url = f"redis://{host}:{listener.extra(SocketAttribute.local_port)}"
+        seen = await examine(url, "doctor", timeout_s=10.0, need={})
+        levels = {finding.check: finding.level for finding in (check(seen) for check in CHECKS)}
+        tasks.cancel_scope.cancel()
+    assert {check for check, level in levels.items() if level == "unknown"} == {"buffers", "idle"}
+    assert levels["streams"] == levels["scripts"] == levels["rights"] == "pass"
+    assert [name.partition(" ")[0] for name in seen.rights["router"]] == ["xack", "xack"]
+    assert seen.rights["viewer"] == []
 
 
 async def test_cluster_is_examined_by_its_url(tmp_path: Path) -> None:

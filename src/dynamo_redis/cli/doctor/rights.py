@@ -90,6 +90,9 @@ HARMLESS: Final = {
 REMOVED_BY: Final = {"sadd": "PEXPIRE KEY 0", "lpush": "LTRIM KEY 1 0", "rpush": "LTRIM KEY 1 0"}
 """The commands that write all the same, to a key of their own, and the ones that remove it at once."""
 
+OPTIONAL: Final = ("info", "client|setname", "type")
+"""Commands of the rules that processes can do without: they serve checks and messages."""
+
 _LAST: Final = ("subscribe", "psubscribe")
 """Commands after which a connection takes no others."""
 
@@ -103,7 +106,10 @@ async def missing_rights(
     """Return for each role the commands, with their keys, that the user may not send. `unused` are commands
     that are not needed at this server."""
     name = f"doctor-{secrets.token_hex(8)}"
-    needs = {role: [need for need in _needs(role, prefix, name) if need[0] not in unused] for role in ROLES}
+    needs = {
+        role: [need for need in _needs(role, prefix, name) if need[0] not in (*unused, *OPTIONAL)]
+        for role in ROLES
+    }
     every = sorted({need for found in needs.values() for need in found}, key=lambda need: need[0] in _LAST)
     refused = await _dry_run(questions, user, every)
     if refused is None:
@@ -178,6 +184,7 @@ async def _do(questions: Questions, needs: list[Need]) -> set[Need]:
 
 
 def _is_refusal(answer: Any) -> bool:
+    """Return whether a command is not permitted, not known, or ends the connection, as at some proxies."""
     return isinstance(answer, StoreError) and (
-        answer.answer_code == "NOPERM" or "unknown command" in str(answer).lower()
+        not answer.answered or answer.answer_code == "NOPERM" or "unknown command" in str(answer).lower()
     )
