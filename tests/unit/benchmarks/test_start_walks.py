@@ -12,18 +12,8 @@ ROOT = Path(__file__).resolve().parents[3]
 SHARED = {"registry_clock", "registry_prelude", "stream_prelude"}
 """Parts of other scripts."""
 ELSEWHERE = {
-    *(
-        "ping",
-        "time",
-        "info",
-        "role",
-        "asking",
-        "client|setname",
-        "multi",
-        "exec",
-        "eval",
-        "evalsha",
-    ),  # read no key
+    *("ping", "time", "info", "role", "asking", "cluster|slots", "client|setname"),  # read no key
+    *("multi", "exec", "eval", "evalsha"),
     *("subscribe", "psubscribe"),  # once a connection
     # Sent by scripts alone, which are measured themselves:
     *("del", "type", "pexpire", "persist", "strlen", "hget", "hstrlen", "hset", "hdel", "lpush", "llen"),
