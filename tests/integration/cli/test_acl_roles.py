@@ -188,7 +188,7 @@ async def test_system_runs_under_its_roles(
     await admin.execute("ACL", "LOG", "RESET")
     file = tmp_path / "file"
     file.write_bytes(b"x" * (1 << 21))
-    async with watched(server) as seen:
+    async with watched(server, admin) as seen:
         await _serve(deployment, server, seen, admin)
         commands: dict[Role, str] = {"admin": OF_ADMIN, "viewer": OF_VIEWER}
         for role, lines in commands.items():
@@ -368,7 +368,7 @@ class Seen:
 
 
 @asynccontextmanager
-async def watched(server: EmbeddedServer) -> AsyncIterator[Seen]:
+async def watched(server: EmbeddedServer, admin: RedisClient) -> AsyncIterator[Seen]:
     """Note all commands that arrive meanwhile."""
     seen = Seen()
     reader, writer = await asyncio.open_connection(
@@ -381,10 +381,16 @@ async def watched(server: EmbeddedServer) -> AsyncIterator[Seen]:
         while line := await reader.readline():
             seen.add(line.decode("utf-8", "replace"))
 
-    task = asyncio.create_task(follow())
+    async def learn() -> None:
+        while True:  # processes close connections that they do not use
+            await seen.learn(admin)
+            await asyncio.sleep(0.2)
+
+    tasks = [asyncio.create_task(follow()), asyncio.create_task(learn())]
     try:
         yield seen
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         writer.close()
