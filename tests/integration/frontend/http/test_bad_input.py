@@ -151,3 +151,29 @@ async def test_odd_texts_and_large_tools_are_no_defect(frontend: Frontend) -> No
         content = json.dumps({"model": "demo", "max_tokens": 4, **body}).encode()
         answer = await frontend.http.post("/v1/chat/completions", content=content)
         assert answer.status_code < 500, (str(body)[:100], answer.text[:300])
+
+
+def deep(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"type": "object"}
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"])
+async def test_deep_schemas_are_a_clear_error(frontend: Frontend, path: str) -> None:
+    for levels, statuses in ((100, (200,)), (140, (200, 400)), (190, (200, 400)), (250, (400,))):
+        tool: dict[str, Any] = {"name": "f", "parameters": deep(levels)}
+        if path == "/v1/messages":
+            tool = {"name": "f", "input_schema": {"type": "object", "properties": deep(levels)}}
+        elif path == "/v1/responses":
+            tool = {"type": "function", **tool}
+        else:
+            tool = {"type": "function", "function": tool}
+        body = {**GOOD["/v1/chat/completions" if path == "/tokenize" else path], "tools": [tool]}
+        answer = await frontend.http.post(path, content=json.dumps(body).encode())
+        assert answer.status_code in statuses, (levels, answer.text[:300])
+        if answer.status_code == 400:
+            check(path, answer, str(levels))
+        if levels == 250:
+            assert "recursion limit" in answer.json()["error"]["message"]
