@@ -48,7 +48,7 @@ def make_server(
             ever.
     """
     core = ServerCore(settings)
-    redis_host = urlsplit(redis_url).hostname if redis_url else None
+    redis_host = first_host(redis_url) if redis_url else None
     servers: list[FrameServer] = []
     for plane in settings.planes:
         if plane == "tcp":
@@ -118,3 +118,10 @@ def _through_broker(
     limit_bytes = ByteSize(min(settings.max_message_bytes, MAX_MESSAGE_BYTES))
     settings = settings.model_copy(update={"max_message_bytes": limit_bytes})
     return settings, NatsLink(settings, f"{encode_part(store.prefix)}.plane.{name}", f"dynamo-redis {name}")
+
+
+def first_host(redis_url: str) -> str | None:
+    """Return the host in the URL of a Redis, or the first one of several sentinels or nodes; None for a unix
+    socket."""
+    hosts = urlsplit(redis_url).netloc.rpartition("@")[2]
+    return urlsplit(f"//{hosts.partition(',')[0]}").hostname

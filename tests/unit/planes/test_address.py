@@ -6,6 +6,7 @@ import pytest
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.planes.address import Binding, choose_binding, format_address, parse_address
+from dynamo_redis.planes.select import first_host
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,18 @@ async def test_rules(host: str | None, advertise: str | None, redis: str | None,
 async def test_no_route_to_redis_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="DYN_TCP_ADVERTISE_HOST"):
         await choose_binding(None, None, "no.such.host.invalid")
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("redis://u:p@h:1", "h"),
+        ("unix:///path", None),
+        ("redis+cluster://10.0.0.1,10.0.0.2", "10.0.0.1"),
+        ("rediss+cluster://u:p%2C@n1:1,n2:2?ssl_cert_reqs=none", "n1"),
+        ("redis+cluster://[fd00::1],[fd00::2]:7", "fd00::1"),
+        ("redis+sentinel://s1,s2/mymaster", "s1"),
+    ],
+)
+def test_first_host_of_a_redis_url(url: str, host: str | None) -> None:
+    assert first_host(url) == host

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
@@ -47,6 +48,27 @@ async def test_registry_goes_on_after_its_master_is_killed(
     await until(lambda: set(mirror.state) == {"v1/owned", "v1/after"})
     await master.server.start()
     await cluster.wait_until_whole()
+
+
+async def test_a_frozen_master_that_comes_back_is_not_used(
+    cluster: EmbeddedCluster, open_registry: OpenRegistry, dynamo_redis_prefix: str
+) -> None:
+    writer, reader = [await open_registry(cluster.url, ttl_s=5.0) for _ in range(2)]
+    mirror = Mirror(reader, "v1/")
+    key = RegistryKeys(dynamo_redis_prefix).meta
+    master = await cluster.owner_of(key)
+    replica = await cluster.replica_of(master)
+    await put_until_taken(writer, "v1/before", b"1")
+    master.server.send_signal(signal.SIGSTOP)
+    try:
+        await put_until_taken(writer, "v1/meanwhile", b"2")
+        assert await replica.is_master()
+    finally:
+        master.server.send_signal(signal.SIGCONT)
+    await put_until_taken(writer, "v1/after", b"3")
+    await until(lambda: mirror.state == {"v1/before": b"1", "v1/meanwhile": b"2", "v1/after": b"3"})
+    await cluster.wait_until_whole()
+    assert await cluster.owner_of(key) is replica
 
 
 async def test_planned_failover_of_the_registrys_master_loses_nothing(
