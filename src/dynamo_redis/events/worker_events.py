@@ -79,7 +79,8 @@ class WorkerEvents:
 
     def _trips_per_s(self) -> float:
         """Return a rank's share of the round trips of all publishers."""
-        return max(TRIPS_PER_S / self._runtime.registry.process_count, LEAST_TRIPS_PER_S)
+        process_count = max(1, self._runtime.registry.process_count)  # 0 after the registry was lost
+        return max(TRIPS_PER_S / process_count, LEAST_TRIPS_PER_S)
 
     async def start(self) -> Self:
         """Begin to send the events of the ranks made so far, and serve `kv_dump`. Idempotent; call it again

@@ -32,6 +32,9 @@ _PORTS: Final = range(12_000, 22_000)
 _PORT_TRIES: Final = 5
 _LOOPBACK: Final = "127.0.0.1"
 _POLL_S: Final = 0.02
+_FAILOVER_TRIES: Final = 6
+_FAILOVER_S: Final = 5.5
+"""Somewhat more than the time after which Redis gives up a failover by command."""
 _NODE_TIMEOUT_MS: Final = 1000
 _COMMAND_TIMEOUT_S: Final = 5.0
 _KEYS_A_CALL: Final = 100
@@ -228,10 +231,19 @@ class EmbeddedCluster:
     # ------------------------------------------------------------------ faults and moves
 
     async def failover(self, replica: ClusterNode) -> None:
-        """Have a replica take the place of its master, which lives on as its replica."""
-        await replica.execute("CLUSTER", "FAILOVER")
+        """Have a replica take the place of its master, which lives on as its replica.
 
-        await self.until(replica.is_master)
+        Other masters do not vote for it soon after another failover, so it is asked again.
+        """
+        for tries_left in reversed(range(_FAILOVER_TRIES)):
+            await replica.execute("CLUSTER", "FAILOVER")
+            try:
+                await self.until(replica.is_master, timeout_s=_FAILOVER_S)
+            except TimeoutError:
+                if not tries_left:
+                    raise
+            else:
+                return
 
     async def begin_move(self, slot: int, target: ClusterNode) -> ClusterNode:
         """Mark a slot as moving to `target`; return the node that it comes from. No key has moved yet."""

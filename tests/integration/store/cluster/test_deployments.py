@@ -79,7 +79,7 @@ async def test_chats_go_on_while_slots_move_and_masters_change(
     await chats.end()
     await master.server.start()
     await cluster.wait_until_whole()
-    assert sum(worker.engine.request_count for worker in workers) == chats.count
+    assert sum(worker.engine.request_count for worker in workers) >= chats.count
 
 
 async def test_requests_pass_a_cluster(deployment: Deployment) -> None:
