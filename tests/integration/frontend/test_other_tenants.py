@@ -223,3 +223,35 @@ async def test_tokenizer_that_fails_is_an_error_of_its_model(frontend: Any, tmp_
     response = await frontend.http.post(CHAT, json={"model": "evil", "messages": [message]})
     assert response.status_code == 502
     assert "tokenizer fails" in response.json()["error"]["message"]
+
+
+RAISES = "{% if messages | length > 2 %}{{ raise_exception('three are too many') }}{% endif %}x"
+FAILS = "{% if messages | length > 2 %}{{ messages[0].nothing.more }}{% endif %}x"
+IN_ITS_PROCESS = "{{ 'a b' | wordcount }}"
+"""An operation that has a template rendered in its own process."""
+
+
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/tokenize"]
+)
+async def test_failing_template_is_a_clear_error(frontend: Any, tmp_path: Path, path: str) -> None:
+    """In the form of each API, from a template that is rendered here or in its process; it can go on."""
+    sources = {"raises": RAISES, "fails": FAILS}
+    sources |= {f"{name} apart": source + IN_ITS_PROCESS for name, source in sources.items()}
+    for number, (name, source) in enumerate(sources.items(), 2):
+        model = model_with(tmp_path / name.replace(" ", "-"), source)
+        await frontend.runtime.publish(name, path=model, instance_id=number)
+    for name in sources:
+        await frontend.until_served(name)
+        body: dict[str, Any] = {"model": name}
+        if path == "/v1/messages":
+            body["max_tokens"] = 8
+        field = "input" if path == "/v1/responses" else "messages"
+        refused = await frontend.http.post(path, json={**body, field: [USER] * 3})
+        assert refused.status_code == 400, refused.text
+        error = refused.json()["error"]
+        assert ("three are too many" in error["message"]) is name.startswith("raises")
+        assert error["type"] == "invalid_request_error"
+        assert ("code" in error) is not path.startswith("/v1/messages")
+        answer = await frontend.http.post(path, json={**body, field: [USER]})
+        assert answer.status_code == 200, answer.text
