@@ -16,7 +16,7 @@ from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.redis.deadline import LONGEST_TIMES, Deadline, leaving_s
-from dynamo_redis.store.redis.server_errors import FAILURES, ErrorReply
+from dynamo_redis.store.redis.server_errors import FAILURES, ErrorReply, drop
 
 HAS_HIREDIS: Final = find_spec("hiredis") is not None
 
@@ -257,4 +257,4 @@ class _StreamLink:
         return answers
 
     def abort(self) -> None:
-        self._connection._close()
+        drop(self._connection)

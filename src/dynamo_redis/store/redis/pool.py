@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import redis.asyncio
 
+from dynamo_redis.store.redis.server_errors import drop
+
 IDLE_S: Final = 60.0
 """Time without a command after which a connection is closed: a burst of commands leaves none behind."""
 
@@ -25,14 +27,14 @@ class EpochPool(redis.asyncio.BlockingConnectionPool):
         """Close the idle connections."""
         idle: Any
         for idle in self._available_connections:
-            idle._close()
+            drop(idle)
 
     def _close_unused(self, since: float) -> None:
         """Close the idle connections that were last used before a time."""
         idle: Any
         for idle in self._available_connections:
             if idle.is_connected and idle.used_at < since:
-                idle._close()
+                drop(idle)
 
     def close(self) -> None:
         """Close every connection without waiting; what is in use there fails. A `disconnect` that is
@@ -40,7 +42,7 @@ class EpochPool(redis.asyncio.BlockingConnectionPool):
         connection: Any
         for connection in (*self._available_connections, *self._in_use_connections):
             with suppress(RuntimeError):  # its event loop is closed
-                connection._close()
+                drop(connection)
 
     async def ensure_connection(self, connection: Any) -> None:
         epoch = self.epoch()
@@ -53,7 +55,7 @@ class EpochPool(redis.asyncio.BlockingConnectionPool):
             self._close_unused(now - IDLE_S)
         connection.used_at = now
         if connection.is_connected and connection.made_in != epoch:
-            connection._close()
+            drop(connection)
         if not connection.is_connected:
             connection.made_in = epoch
         await super().ensure_connection(connection)

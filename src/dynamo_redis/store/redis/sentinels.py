@@ -34,6 +34,8 @@ from dynamo_redis.store.redis.route import Route
 from dynamo_redis.store.redis.server_errors import (
     FAILURES,
     RouteError,
+    drop,
+    drop_upon_failures,
     is_about_password,
     one_line,
     prepare,
@@ -156,6 +158,7 @@ class SentinelRoute(Route):
             for task in tasks:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S))
+            loop.run_until_complete(asyncio.sleep(0))  # the sockets of dropped connections are closed now
         finally:
             loop.close()
 
@@ -221,7 +224,7 @@ class SentinelRoute(Route):
                 at = await _call(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
                 masters = [_pairs(one) for one in await _call(connection, "SENTINEL", "MASTERS")]
             finally:
-                connection._close()
+                drop(connection)
         if at is None:
             return _Answer(None, names=tuple(one.get("name", "?") for one in masters))
         epochs = (one.get("config-epoch", "0") for one in masters if one.get("name") == name)
@@ -244,10 +247,11 @@ class SentinelRoute(Route):
             "redis_connect_func": log_in,
         }
         connection = make_connection(options)
+        drop_upon_failures(connection)
         try:
             await connection.connect()
         except BaseException:
-            connection._close()
+            drop(connection)
             raise
         return connection
 
@@ -310,7 +314,7 @@ class SentinelRoute(Route):
                 logger.exception("sentinel %s cannot be followed, trying again", show_address(sentinel))
             finally:
                 if connection is not None:
-                    connection._close()
+                    drop(connection)
             await asyncio.sleep(backoff.next_s())
 
     async def _next_announcement(self, connection: Any) -> None:

@@ -255,6 +255,23 @@ class RouteError(redis_errors.ConnectionError):
         self.refused = refused
 
 
+def drop(connection: Any) -> None:
+    """Close a connection of redis-py at once. With TLS, a mere close waits for the server's answer to it."""
+    if connection._writer is not None:
+        connection._writer.transport.abort()
+    connection._close()
+
+
+def drop_upon_failures(connection: Any) -> None:
+    """Have redis-py drop a connection, too, where it would close it, as when a call is cancelled. Then the
+    connection cannot be used again."""
+
+    async def disconnect(*_: object, **__: object) -> None:
+        drop(connection)
+
+    connection.disconnect = disconnect
+
+
 def prepare(connection: Any) -> None:
     """Set up a redis-py connection before its login: its exceptions get the server's text as `reply`."""
     # No CLIENT SETINFO: it is not needed here, and some proxies close a connection upon it.

@@ -9,7 +9,7 @@ from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.redis.deadline import Deadline
-from dynamo_redis.store.redis.server_errors import FAILURES
+from dynamo_redis.store.redis.server_errors import FAILURES, drop
 from dynamo_redis.store.redis.server_state import ServerState
 
 
@@ -64,8 +64,8 @@ class ChannelSubscription:
 
     def abort(self) -> None:
         """Close the connection, so that `next_message` raises. For the event loop."""
-        self._connection._close()
+        drop(self._connection)
 
     async def aclose(self) -> None:
         """Drop the connection without waiting for the server."""
-        await self._connection.disconnect(nowait=True)
+        drop(self._connection)

@@ -28,7 +28,14 @@ from redis.backoff import NoBackoff
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.store.keys import SLOTS_COUNT
-from dynamo_redis.store.redis.server_errors import RouteError, one_line, prepare, reply
+from dynamo_redis.store.redis.server_errors import (
+    RouteError,
+    drop,
+    drop_upon_failures,
+    one_line,
+    prepare,
+    reply,
+)
 from dynamo_redis.store.redis.url import Address, ServerUrl, make_connection, show_address
 
 logger = logging.getLogger(__name__)
@@ -219,6 +226,7 @@ class Topology:
             for task in tasks:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S))
+            loop.run_until_complete(asyncio.sleep(0))  # the sockets of dropped connections are closed now
         finally:
             loop.close()
 
@@ -302,12 +310,13 @@ class Topology:
         """Return a node's view. Raises one of FAILURES, or ValueError for an answer that is none."""
         async with asyncio.timeout(ASK_TIMEOUT_S):
             connection = make_connection(self._options(at))
+            drop_upon_failures(connection)
             try:
                 await connection.connect()
                 await connection.send_command("CLUSTER", "SLOTS")
                 return [_read_range(words, at) for words in await connection.read_response()]
             finally:
-                connection._close()
+                drop(connection)
 
     def _options(self, at: Address) -> dict[str, Any]:
         async def log_in(connection: Any) -> None:
