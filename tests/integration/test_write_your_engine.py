@@ -33,8 +33,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def programs(page: str) -> dict[str, str]:
-    """The page's programs, by the names in their first lines."""
-    return {block.split("\n", 1)[0].removeprefix("# "): block for block in blocks(page, "python")}
+    """The page's programs, by the names in their first lines. Blocks without one are parts of programs."""
+    found = {block.split("\n", 1)[0]: block for block in blocks(page, "python")}
+    return {line.removeprefix("# "): block for line, block in found.items() if line.startswith("# ")}
 
 
 @asynccontextmanager
