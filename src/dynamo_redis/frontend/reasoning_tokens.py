@@ -71,7 +71,7 @@ class ReasoningTokens:
 
     def _begin_reasoning(self) -> None:
         """Decide whether the answer begins with reasoning, as soon as its text says so."""
-        text = self._text.lstrip()
+        self._text = text = self._text.lstrip()
         if not text:
             return
         if text[0] in self._other:
