@@ -16,6 +16,9 @@ from dynamo_redis.parsers.deltas import Delta
 T = TypeVar("T")
 Steps = Generator[None, None, T]
 
+MOST_SKIPPED: Final = 1 << 14
+"""Most characters that are skipped at once, since they are held until it is clear what they belong to."""
+
 _SPACE: Final = re.compile(r"\s*")
 
 
@@ -75,12 +78,14 @@ class Reader:
         return self.buffer[self.position : self.position + 1]
 
     def skip(self, pattern: re.Pattern[str]) -> Steps[None]:
-        """Read past all that matches a pattern of one character, repeated."""
+        """Read past what matches a pattern of one character, repeated: `MOST_SKIPPED` characters at most."""
+        left = MOST_SKIPPED
         while True:
-            match = pattern.match(self.buffer, self.position)
+            match = pattern.match(self.buffer, self.position, self.position + left)
             assert match is not None
+            left -= match.end() - self.position
             self.position = match.end()
-            if self.position < len(self.buffer) or self.ended:
+            if not left or self.position < len(self.buffer) or self.ended:
                 return
             yield
 
