@@ -7,9 +7,14 @@ whole.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from dynamo_redis.parsers.reasoning import ReasoningFormat
+
+_DECODER: Final = codecs.getincrementaldecoder("utf-8")
+"""Holds back the beginning of a character whose other bytes are in further tokens."""
 
 
 class ReasoningTokens:
@@ -17,6 +22,7 @@ class ReasoningTokens:
 
     __slots__ = (
         "_begin",
+        "_decode",
         "_end",
         "_is_inside",
         "_is_over",
@@ -37,16 +43,17 @@ class ReasoningTokens:
     ) -> None:
         """`token_bytes` returns the text of a token; `starts_inside` says that the answer begins with
         reasoning, without its marker. An answer whose first character is one of `other` has none."""
-        self._begin, self._end = markers.begin.encode(), markers.end.encode()
+        self._begin, self._end = markers.begin, markers.end
         self._token_bytes = token_bytes
         self._starts_inside = starts_inside
-        self._other = other.encode()
+        self._other = other
         self.restart()
 
     def restart(self) -> None:
         """Forget all tokens: another worker answers from the beginning."""
         self._seen_count = 0
-        self._text = b""
+        self._text = ""
+        self._decode = _DECODER("replace").decode
         self._is_inside = self._is_over = False
 
     @property
@@ -60,7 +67,7 @@ class ReasoningTokens:
             return
         for token_id in token_ids:
             self._seen_count += 1
-            self._text += self._token_bytes(token_id)
+            self._text += self._decode(self._token_bytes(token_id))
             if not self._is_inside:
                 self._begin_reasoning()
             if self._is_inside:

@@ -31,6 +31,8 @@ def counted(text: str, *, starts_inside: bool = False, other: str = "", size: in
     [
         ("<think>it is cold</think>", "yes", False),
         ("\n <think></think>", "yes", False),
+        ("\u3000\u00a0\u2028<think>it is cold</think>", "yes", False),
+        ("\u3000", "", True),
         ("<think>never ends", "", False),
         ("<think>a < b </thin </think>", "</think>", False),
         ("it is cold</think>", "yes <think>no</think>", True),
@@ -48,8 +50,20 @@ def test_reasoning_ends_with_its_marker(reasoning: str, rest: str, starts_inside
     parser = AnswerParser(None, MARKERS, starts_inside=starts_inside)
     parts = [*parser.feed(text), *parser.finish()]
     thought = "".join(part.text for part in parts if isinstance(part, Reasoning))
-    assert thought in reasoning
-    assert bool(reasoning) or not thought
+    assert thought == reasoning.lstrip().removeprefix(MARKERS.begin).removesuffix(MARKERS.end)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [" " * 50_000, "\u3000" * 20_000, "<think>" + "thought " * 10_000, "no thought " * 5_000],
+    ids=["spaces", "wide spaces", "long thought", "none"],
+)
+def test_counter_holds_no_more_than_a_marker(text: str) -> None:
+    """Else each token would cost more than the one before it."""
+    counter = ReasoningTokens(MARKERS, letter)
+    for byte in text.encode():
+        counter.feed([byte])
+        assert len(counter._text) <= len(MARKERS.end)
 
 
 def test_answer_that_has_to_be_a_call_has_none() -> None:
