@@ -8,7 +8,8 @@ mean equal prefixes. Both are xxh3_64, as Dynamo computes them:
     s_0 = b_0,   s_i = xxh3_64(LE u64 s_{i-1} ‖ LE u64 b_i, seed)
 
 with seed 1337, or `1337 + xxh3_64(name, 0)` for tokens that a LoRA adapter `name` reads. A salt, which keeps
-requests apart that must not share blocks, adds `xxh3_64(salt, 1)` to the seed.
+requests apart that must not share blocks, adds `xxh3_64(salt, 1)` to the seed, and the digest of a prompt's
+images `xxh3_64(digest, 2)`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def lora_seed(name: str) -> int:
 def salted_seed(cache_salt: str, seed: int = SEED) -> int:
     """Return the seed for blocks that only requests with this salt may share."""
     return (seed + xxh3_64_intdigest(cache_salt.encode(), 1)) & _U64_MASK
+
+
+def media_seed(digest: str, seed: int = SEED) -> int:
+    """Return the seed for blocks of prompts with images of this digest. No salt makes the same seed."""
+    return (seed + xxh3_64_intdigest(digest.encode(), 2)) & _U64_MASK
 
 
 def local_hashes(token_ids: Iterable[int], block_size: int, *, seed: int = SEED) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dynamo_redis.errors import InvalidRequest
-from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed, salted_seed
+from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed, media_seed, salted_seed
 from dynamo_redis.router.base import CostWeights
 
 OVERRIDE = "router_config_override"
@@ -43,7 +43,8 @@ def prompt_size(request: Any, block_size: int) -> tuple[list[int], int]:
             return [], sum(map(len, token_ids))
         except TypeError as exc:
             raise InvalidRequest("`token_ids` is neither a prompt nor a list of inputs") from exc
-    return block_hashes(token_ids, block_size, request.get("lora_name"), salt_of(request)), len(token_ids)
+    marks = (request.get(name) for name in ("lora_name", "cache_salt", "media_digest"))
+    return block_hashes(token_ids, block_size, *marks), len(token_ids)
 
 
 def block_hashes(
@@ -51,32 +52,22 @@ def block_hashes(
     block_size: int,
     lora_name: str | None = None,
     cache_salt: str | None = None,
+    media_digest: str | None = None,
 ) -> list[int]:
-    """Return the sequence hashes of a prompt's whole blocks. Raises InvalidRequest for wrong token ids."""
-    if lora_name is not None and not isinstance(lora_name, str):
-        raise InvalidRequest("lora_name must be a string")
+    """Return the sequence hashes of a prompt's whole blocks, as requests with the same adapter, salt and
+    images share them: placeholders of other images have the same tokens. Raises InvalidRequest."""
+    for name, given in (("lora_name", lora_name), ("cache_salt", cache_salt), ("media_digest", media_digest)):
+        if given is not None and not isinstance(given, str):
+            raise InvalidRequest(f"{name} must be a string")
     seed = SEED if lora_name is None else lora_seed(lora_name)
-    if cache_salt is not None and not isinstance(cache_salt, str):
-        raise InvalidRequest("cache_salt must be a string")
     if cache_salt:
         seed = salted_seed(cache_salt, seed)
+    if media_digest is not None:
+        seed = media_seed(media_digest, seed)
     try:
         return chain(local_hashes(token_ids, block_size, seed=seed), seed=seed)
     except (TypeError, OverflowError) as exc:
         raise InvalidRequest(f"token_ids: not token ids: {exc}") from exc
-
-
-def salt_of(request: Mapping[str, Any]) -> str | None:
-    """Return the salt of a request's blocks: its `cache_salt`, mixed with the digest of its images.
-
-    Placeholders of other images have the same tokens. Raises InvalidRequest.
-    """
-    salt, digest = request.get("cache_salt"), request.get("media_digest")
-    if digest is None:
-        return salt
-    if not isinstance(digest, str) or not isinstance(salt, str | None):
-        raise InvalidRequest("cache_salt and media_digest must be strings")
-    return f"{digest}\0{salt or ''}"
 
 
 def weights_of(request: Mapping[str, Any], default: CostWeights) -> CostWeights:

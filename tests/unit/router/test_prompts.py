@@ -9,7 +9,7 @@ import pytest
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.events.block_hashes import chain, local_hashes, lora_seed
 from dynamo_redis.router.base import CostWeights
-from dynamo_redis.router.prompts import block_hashes, prompt_size, salt_of, token_ids_of, weights_of
+from dynamo_redis.router.prompts import block_hashes, prompt_size, token_ids_of, weights_of
 
 DEFAULT = CostWeights(overlap_score_credit=0.5, temperature=0.1)
 
@@ -29,12 +29,16 @@ def test_blocks_of_other_images_are_others() -> None:
         {"media_digest": "1"},
         {"media_digest": "2"},
         {"media_digest": "1", "cache_salt": "a"},
+        {"media_digest": "a", "cache_salt": "1"},
+        {"cache_salt": "1\0"},
+        {"cache_salt": "1\0a"},
     ]
-    names = {tuple(block_hashes(range(32), 16, cache_salt=salt_of(request))) for request in requests}
+    prompt = {"token_ids": list(range(32))}
+    names = {tuple(prompt_size(prompt | request, 16)[0]) for request in requests}
     assert len(names) == len(requests)
     for wrong in ({"media_digest": 5}, {"media_digest": "1", "cache_salt": 5}):
-        with pytest.raises(InvalidRequest, match="strings"):
-            salt_of(wrong)
+        with pytest.raises(InvalidRequest, match="must be a string"):
+            prompt_size(prompt | wrong, 16)
 
 
 def test_embeddings_count_as_load_without_blocks() -> None:
