@@ -123,6 +123,8 @@ def setting_options(
                     shape["metavar"] = "DURATION"
                 elif kind is SecretStr:
                     shape["metavar"] = "URL" if env_name(field).endswith("_URL") else "TEXT"
+                elif kind is Path and name.endswith("_file"):
+                    shape["metavar"] = "FILE"
                 else:
                     shape["metavar"] = _METAVARS.get(kind, "TEXT")
             command = click.option(*spellings, name, **shape)(command)

@@ -124,20 +124,20 @@ class FrontendSettings(SettingsGroup):
     max_http_in_flight_count: Annotated[int, Field(ge=1)] | None = setting(
         "DYN_HTTP_MAX_IN_FLIGHT",
         None,
-        "Most completions under way at a frontend process. Further ones wait in line. Unset: as many as "
-        "there are connections.",
+        "Most requests to models under way at a frontend process: completions, embeddings, and counts of "
+        "tokens. Further ones wait in line. Unset: as many as there are connections.",
         unit="requests",
     )
     max_http_queued_count: Annotated[int, Field(ge=0)] = setting(
         "DYN_HTTP_MAX_QUEUED",
         1024,
-        "Most completions in that line; beyond that the answer is 503.",
+        "Most requests in that line; beyond that the answer is 503.",
         unit="requests",
     )
     http_queue_wait_s: Duration = setting(
         "DYN_HTTP_QUEUE_WAIT_S",
         1.0,
-        "Longest time that a completion waits in that line; then the answer is 503. 0: at once.",
+        "Longest time that a request waits in that line; then the answer is 503. 0: at once.",
         unit="s",
     )
     overload_status: Annotated[int, AfterValidator(_check_overload_status)] = setting(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from dynamo_redis.cli.app import SECTIONS, program
 from dynamo_redis.cli.options import given_settings, load, option_name, setting_options, shown_default
@@ -104,6 +105,16 @@ def test_every_setting_has_one_option_name_and_one_variable() -> None:
     assert [name for name, count in (options + variables).items() if count > 1] == []
     assert all(field.description for _, field in fields)
     assert all("PydanticUndefined" not in shown_default(field) for _, field in fields)
+
+
+def test_options_for_files_say_so() -> None:
+    fields = [(group, name) for group in GROUPS for name in group.model_fields if name.endswith("_file")]
+    assert len(fields) > 1
+    for group, name in fields:
+        shown = CliRunner().invoke(
+            click.command()(setting_options(group, name)(lambda **_: None)), ["--help"]
+        )
+        assert f"{option_name(name)} FILE" in shown.output
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,8 @@ def test_message_hides_thinking_when_asked() -> None:
         ('{"at":"Os', {}),
         ('{"at":"Oslo","on":["May', {"at": "Oslo", "on": []}),
         ('{"at":"\\ud800","on', {}),
+        ("[1]", {}),
+        ("null", {}),
     ],
 )
 def test_cut_call_of_a_message_has_whole_members(arguments: str, whole_members: Any) -> None:

@@ -203,7 +203,8 @@ def _tool_use(call: Call) -> dict[str, Any]:
         arguments = json.loads(call.arguments or "{}")
     except ValueError:
         arguments = _whole_members(call.arguments)
-    return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+    given = arguments if isinstance(arguments, dict) else {}
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
 
 
 def _whole_members(text: str) -> Any:

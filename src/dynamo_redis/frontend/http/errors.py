@@ -273,7 +273,10 @@ def worker_error(error: Exception, model: str, *, begun: bool) -> ApiError:
     if not begun:
         return no_workers(model, error.code)
     status, kind = _status_of(error)
-    message = "the worker was lost while answering; this answer is incomplete, send the request again"
+    message = (
+        "the worker was lost while answering, or the engine behind it; this answer is incomplete, send the "
+        "request again"
+    )
     return ApiError(status, message, kind=kind, code=error.code, retry_after_s=1.0 if status == 503 else None)
 
 
