@@ -9,7 +9,7 @@ from dynamo_redis.parsers.deltas import CallBegin, Delta, Reasoning, Text
 from dynamo_redis.parsers.json_text import MOST_HELD
 from dynamo_redis.parsers.reader import MOST_SKIPPED
 from dynamo_redis.parsers.reasoning import ReasoningFormat
-from dynamo_redis.parsers.select import TOOL_FORMATS
+from dynamo_redis.parsers.tool_formats import TOOL_FORMATS
 
 LONG = 4 * MOST_HELD
 THINK = ReasoningFormat("<think>", "</think>")
@@ -65,7 +65,7 @@ def test_pythonic_values_have_a_largest_depth(depth: int, is_call: bool) -> None
 def test_leading_white_space_is_held_up_to_a_length(
     name: str | None, reasoning: ReasoningFormat | None
 ) -> None:
-    parser = AnswerParser(name and TOOL_FORMATS[name], reasoning, tools={"f": {}})
+    parser = AnswerParser(None if name is None else TOOL_FORMATS[name], reasoning, tools={"f": {}})
     text = " " * LONG + "yes"
     deltas, most_held = parsed(parser, text)
     assert "".join(delta.text for delta in deltas if isinstance(delta, Text | Reasoning)) == text
