@@ -109,7 +109,8 @@ class FrontendSettings(SettingsGroup):
         "DYN_HTTP_BODIES_LIMIT",
         ByteSize(180 << 20),
         "Most bytes of all HTTP request bodies held at a time: until they are token ids, and of chats with "
-        "images until they are answered. The first 32 KiB of each do not count.",
+        "images until they are answered. Answers with embeddings count, too, until they are sent. The first "
+        "32 KiB of each do not count.",
         unit="bytes",
     )
     max_choices_count: Annotated[int, Field(ge=1)] = setting(

@@ -144,7 +144,7 @@ class Completions:
                 model.name, count, is_stream=bool(body.stream), max_tokens=body.wanted_tokens
             )
         form = self._form_of(model, body, notes, arrived_at)
-        exchange = self._make_exchange(form, model, body, requests, contexts, record)
+        exchange = self._make_exchange(form, model, body, requests, contexts, record, held)
         if body.stream:
             scope[STREAMS_EVENTS] = True
             await exchange.stream(receive, send, headers)
@@ -212,16 +212,21 @@ class Completions:
         requests: list[GenerateRequest],
         contexts: list[Context],
         record: RequestRecord,
+        held: HeldBody,
     ) -> Exchange:
         async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
             return await self._models.generate(model, request, context, excluded)
 
         assert model.loaded is not None
         if isinstance(body, EmbeddingOptions):
-            choices = [_embeddings(body, requests[0], contexts[0], model.loaded.tokenizer)]
+            # A few bytes of input may have megabytes of vectors.
+            choices, hold = (
+                [_embeddings(body, requests[0], contexts[0], model.loaded.tokenizer)],
+                held.grow_to,
+            )
         else:
-            choices = self._answers(model, model.loaded, body, requests, contexts)
-        return Exchange(form, choices, generate, record, self._overload_status)
+            choices, hold = self._answers(model, model.loaded, body, requests, contexts), None
+        return Exchange(form, choices, generate, record, self._overload_status, hold)
 
     def _answers(
         self,

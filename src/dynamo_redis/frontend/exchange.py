@@ -23,7 +23,7 @@ from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolatio
 from dynamo_redis.frontend.choices import CompletionChoice, Part, Usage
 from dynamo_redis.frontend.forms.base import ResponseForm
 from dynamo_redis.frontend.http.errors import ApiError, shutting_down, worker_error, worker_lost
-from dynamo_redis.frontend.http.responses import EventResponse, Receive, Send, send_json
+from dynamo_redis.frontend.http.responses import EventResponse, Receive, Send, send_json, send_json_pieces
 from dynamo_redis.frontend.metrics.recording import RequestRecord
 from dynamo_redis.frontend.model import Answer, Generate
 from dynamo_redis.parsers.answer_parser import PIECE_SIZE
@@ -55,14 +55,18 @@ class Exchange:
         generate: Generate,
         record: RequestRecord,
         overload_status: int = 503,
+        hold: Callable[[int], None] | None = None,
     ) -> None:
         """The exchange ends the `record`. `overload_status` is the HTTP status of a request that finds no
-        room."""
+        room. `hold` is called with the bytes of an answer that is sent whole, as it grows; it may raise
+        ApiError."""
         self._form = form
         self._choices = choices
         self._generate = generate
         self._record = record
         self._overload_status = overload_status
+        self._hold = hold
+        self._held_bytes = 0
         self._open = len(choices)
         self._error: ApiError | None = None
         self._hung_up = False
@@ -78,6 +82,9 @@ class Exchange:
 
         async def collect(choice: CompletionChoice, parts: Sequence[Part]) -> None:
             choice.parts += parts
+            if self._hold is not None:
+                self._held_bytes += sum(len(part) for part in parts if isinstance(part, str))
+                self._hold(self._held_bytes)
 
         await self._run(receive, collect, tries=_WHOLE_TRIES)
         if self._hung_up:
@@ -85,7 +92,11 @@ class Exchange:
         if self._error is not None:
             await self._send_error(self._error, send, headers)
             return
-        await send_json(send, 200, self._form.whole(self._choices, Usage.of(self._choices)), headers)
+        content = self._form.whole(self._choices, Usage.of(self._choices))
+        if isinstance(content, bytes):
+            await send_json(send, 200, content, headers)
+        else:
+            await send_json_pieces(send, 200, content, headers)
 
     # ----------------------------------------------------------------- streamed
 

@@ -17,6 +17,7 @@ import pytest
 from openai.types import CreateEmbeddingResponse
 
 from dynamo_redis import errors
+from dynamo_redis.frontend.forms.embeddings import EmbeddingsForm
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.card import RuntimeConfig
 from dynamo_redis.planes.context import Context
@@ -36,6 +37,15 @@ async def embed(request: Any, context: Context) -> AsyncGenerator[Any]:
     for start in range(0, len(vectors), 2):
         count = sum(map(len, request["token_ids"][start : start + 2]))
         yield {"embeddings": vectors[start : start + 2], "prompt_tokens": count, "total_tokens": count}
+
+
+async def embed_at_length(request: Any, context: Context) -> AsyncGenerator[Any]:
+    """Answer each input with a vector of 8,192 numbers, eight inputs an item."""
+    vector = [0.5] * 8192
+    left = len(request["token_ids"])
+    while left > 0:
+        yield {"embeddings": [vector] * min(left, 8), "prompt_tokens": min(left, 8)}
+        left -= 8
 
 
 @pytest.fixture
@@ -229,6 +239,38 @@ async def test_long_items_are_embedded(embedder: Any) -> None:
     embedder.worker.script = at_once
     answer = await embedder.client.embeddings.create(model="vectors", input=["a"] * 100)
     assert [each.embedding[0] for each in answer.data] == list(range(100))
+
+
+async def test_answer_is_written_in_pieces(embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of input may have megabytes of vectors: no turn of the event loop makes all of them."""
+    whole = EmbeddingsForm.whole
+    longest: list[int] = []
+
+    def noted(form: EmbeddingsForm, *given: Any) -> list[str]:
+        pieces = whole(form, *given)
+        longest.append(max(map(len, pieces)))
+        return pieces
+
+    monkeypatch.setattr(EmbeddingsForm, "whole", noted)
+    embedder.worker.script = embed_at_length
+    answer = await embedder.http.post(PATH, json=BODY | {"input": ["a"] * 200})
+    assert len(answer.json()["data"]) == 200
+    assert int(answer.headers["content-length"]) == len(answer.content) > 4 << 20
+    assert longest[0] < 1 << 20
+
+
+async def test_held_embeddings_have_a_limit(open_frontend: Any) -> None:
+    frontend = await open_frontend(max_bodies_bytes="1MiB", max_body_bytes="1MiB")
+    await frontend.runtime.publish("vectors", model_type="embedding", instance_id=2)
+    await frontend.until_served("vectors")
+    frontend.worker.ids = [1, 2]
+    frontend.worker.script = embed_at_length
+    for _ in range(2):
+        answer = await frontend.http.post(PATH, json=BODY | {"input": ["a"] * 200})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+    frontend.worker.script = embed
+    answer = await frontend.http.post(PATH, json=BODY | {"input": ["a"] * 200})
+    assert answer.status_code == 200, "what was held is given back"
 
 
 async def test_unknown_model_is_not_found(embedder: Any) -> None:

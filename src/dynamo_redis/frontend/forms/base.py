@@ -50,8 +50,8 @@ class ResponseForm(Protocol):
         """The form of its errors."""
         ...
 
-    def whole(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes:
-        """Return the JSON body of a response that is sent whole."""
+    def whole(self, choices: Sequence[CompletionChoice], usage: Usage) -> bytes | list[str]:
+        """Return the JSON body of a response that is sent whole; a long one in pieces, in ASCII."""
         ...
 
     def encoder(self, choice: CompletionChoice) -> ChoiceEncoder:

@@ -133,11 +133,11 @@ def body_too_large(limit_bytes: int, setting: str | None) -> ApiError:
 
 
 def bodies_full(limit_bytes: int) -> ApiError:
-    """Make the 503 for a body that does not fit beside the bodies of other requests."""
+    """Make the 503 for a body, or embeddings, that do not fit beside those of other requests."""
     return ApiError(
         503,
-        f"All request bodies together are over the limit of {limit_bytes} bytes (DYN_HTTP_BODIES_LIMIT): "
-        "try again.",
+        f"All request bodies and embeddings together are over the limit of {limit_bytes} bytes "
+        "(DYN_HTTP_BODIES_LIMIT): try again.",
         kind=_UNAVAILABLE,
         code="overloaded",
         retry_after_s=1.0,

@@ -55,6 +55,23 @@ async def send_json(
     send: Send, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
     """Answer with a JSON document."""
-    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await _send_head(send, status, len(content), headers)
     await send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+async def send_json_pieces(
+    send: Send, status: int, pieces: Sequence[str], headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Answer with a long JSON document of ASCII. Each piece is encoded once the one before it is on its
+    way."""
+    await _send_head(send, status, sum(map(len, pieces)), headers)
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece.encode("ascii"), "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_head(
+    send: Send, status: int, size_bytes: int, headers: Sequence[tuple[bytes, bytes]]
+) -> None:
+    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % size_bytes)]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
