@@ -46,7 +46,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _CONNECT: Final = Part(_words("ping info role client|setname cluster|slots asking"))
-"""What each process does with a new connection; ROLE behind Sentinels, CLUSTER SLOTS and ASKING on a
+"""The commands of each new connection; ROLE behind Sentinels, CLUSTER SLOTS and ASKING on a
 cluster."""
 
 _SCRIPTS: Final = _words("eval evalsha time")

@@ -98,7 +98,7 @@ class AnswerDecoder:
         self.cached_tokens: int | None = None
 
     held: Sequence[Any] = ()
-    """What `feed` has not decoded of its item, so that other requests have their turn; not empty only for
+    """The part of an item that `feed` has left, so that other requests have their turn; not empty only for
     embeddings."""
 
     def feed_held(self) -> str:
