@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -30,6 +28,7 @@ from redis.backoff import NoBackoff
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreRefused
 from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.store.redis.own_thread import OwnThread
 from dynamo_redis.store.redis.route import Route
 from dynamo_redis.store.redis.server_errors import (
     FAILURES,
@@ -55,8 +54,6 @@ PING_S: Final = 5.0
 MOST_NAMES_COUNT: Final = 10
 
 _ANNOUNCEMENTS: Final = ("+switch-master", "+promoted-slave")
-_STOP_TIMEOUT_S: Final = 1.0
-_CLOSED: Final = "the connection to Redis has been closed"
 
 _log: Final = RateLimitedLog(logger, pause_s=60.0)
 
@@ -70,39 +67,20 @@ class _Answer:
     names: tuple[str, ...] = ()
 
 
-class SentinelRoute(Route):
+class SentinelRoute(OwnThread, Route):
     """Leads to the primary that the sentinels of a URL name. Made by `shared`."""
 
     needs_primary = True
-    _open: ClassVar[dict[ServerUrl, SentinelRoute]] = {}
-    _open_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, url: ServerUrl) -> None:
-        super().__init__()
-        self._url = url
-        self._users_count = 0
+        super().__init__(url)
         self._primary: Address | None = None
         self._config_epoch = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._asking: asyncio.Task[Address] | None = None
 
-    @classmethod
-    def shared(cls, url: ServerUrl) -> SentinelRoute:
-        """Return this process's route of a URL. Each caller releases it once."""
-        with cls._open_lock:
-            route = cls._open.get(url) or cls._open.setdefault(url, cls(url))
-            route._users_count += 1
-            return route
-
-    def release(self) -> None:
-        with self._open_lock:
-            self._users_count -= 1
-            if self._users_count:
-                return
-            self._open.pop(self._url, None)
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
+    @property
+    def thread_name(self) -> str:
+        return f"sentinels of {self._url.master_name}"
 
     @property
     def address(self) -> str:
@@ -114,21 +92,12 @@ class SentinelRoute(Route):
     # ------------------------------------------------------------------ from any thread
 
     async def find(self) -> Address | None:
-        found = asyncio.run_coroutine_threadsafe(self._find(), self._running_loop())
-        try:
-            return await asyncio.wrap_future(found)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if found.cancelled() and task is not None and not task.cancelling():
-                raise RouteError(_CLOSED) from None  # by `release`, not by the caller
-            raise
+        return await self.run(self._find())
 
     def find_in_thread(self, timeout_s: float) -> Address | None:
-        found = asyncio.run_coroutine_threadsafe(self._find(), self._running_loop())
         try:
-            return found.result(timeout_s)
-        except (TimeoutError, CancelledError) as exc:
-            found.cancel()
+            return self.run_in_thread(self._find(), timeout_s)
+        except TimeoutError as exc:
             raise RouteError("the sentinels do not answer in time") from exc
 
     def failed(self, at: Address) -> None:
@@ -136,31 +105,10 @@ class SentinelRoute(Route):
         if at == self._primary:
             self._config_epoch = 0
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """Return the event loop of the thread, which is started at the first call."""
-        with self._open_lock:
-            if not self._users_count:
-                raise RouteError(_CLOSED)
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                name = f"sentinels of {self._url.master_name}"
-                threading.Thread(target=self._run, args=(self._loop,), name=name, daemon=True).start()
-            return self._loop
-
     # ------------------------------------------------------------------ in the thread
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            watches = {loop.create_task(self._watch(sentinel)) for sentinel in self._url.sentinels}
-            loop.run_forever()
-            tasks = watches | asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S))
-            loop.run_until_complete(asyncio.sleep(0))  # the sockets of dropped connections are closed now
-        finally:
-            loop.close()
+    async def _keep(self) -> None:
+        await asyncio.gather(*(self._watch(sentinel) for sentinel in self._url.sentinels))
 
     async def _find(self) -> Address:
         """Ask the sentinels; callers at the same time share the answers."""

@@ -19,8 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from redis.asyncio.retry import Retry
@@ -28,6 +27,7 @@ from redis.backoff import NoBackoff
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.store.keys import SLOTS_COUNT
+from dynamo_redis.store.redis.own_thread import OwnThread
 from dynamo_redis.store.redis.server_errors import (
     RouteError,
     drop,
@@ -55,8 +55,6 @@ MOVED_COUNTS_S: Final = 2.0
 ASKED_COUNT: Final = 3
 """Nodes that are asked at the same time."""
 
-_STOP_TIMEOUT_S: Final = 1.0
-_CLOSED: Final = "the connection to the cluster has been closed"
 
 _View = list[tuple[int, int, Address, tuple[Address, ...]]]
 """A node's view: first and last slot, the master that serves them, and all nodes named."""
@@ -70,15 +68,11 @@ class ClusterRoute(Protocol):
         ...
 
 
-class Topology:
+class Topology(OwnThread):
     """The present view of a cluster. Made by `shared`; safe from any thread."""
 
-    _open: ClassVar[dict[ServerUrl, Topology]] = {}
-    _open_lock: ClassVar[threading.Lock] = threading.Lock()
-
     def __init__(self, url: ServerUrl) -> None:
-        self._url = url
-        self._users_count = 0
+        super().__init__(url)
         self._owners: list[Address | None] = [None] * SLOTS_COUNT
         self._nodes: dict[Address, None] = {}
         self._masters: tuple[Address, ...] = ()
@@ -88,29 +82,13 @@ class Topology:
         self._routes: WeakSet[ClusterRoute] = WeakSet()
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._asking: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._trouble_until = 0.0
 
-    @classmethod
-    def shared(cls, url: ServerUrl) -> Topology:
-        """Return this process's view of the cluster of a URL. Each caller releases it once."""
-        with cls._open_lock:
-            found = cls._open.get(url) or cls._open.setdefault(url, cls(url))
-            found._users_count += 1
-            return found
-
-    def release(self) -> None:
-        """End one client's use. Never waits."""
-        with self._open_lock:
-            self._users_count -= 1
-            if self._users_count:
-                return
-            self._open.pop(self._url, None)
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
+    @property
+    def thread_name(self) -> str:
+        return f"nodes of {self.address}"
 
     @property
     def address(self) -> str:
@@ -135,24 +113,15 @@ class Topology:
         """
         if (at := self._owners[slot]) is not None:
             return at
-        found = asyncio.run_coroutine_threadsafe(self._find(slot), self._running_loop())
-        try:
-            return await asyncio.wrap_future(found)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if found.cancelled() and task is not None and not task.cancelling():
-                raise RouteError(_CLOSED) from None  # by `release`, not by the caller
-            raise
+        return await self.run(self._find(slot))
 
     def find_in_thread(self, slot: int, timeout_s: float) -> Address:
         """As `find`, for a thread."""
         if (at := self._owners[slot]) is not None:
             return at
-        found = asyncio.run_coroutine_threadsafe(self._find(slot), self._running_loop())
         try:
-            return found.result(timeout_s)
-        except (TimeoutError, CancelledError) as exc:
-            found.cancel()
+            return self.run_in_thread(self._find(slot), timeout_s)
+        except TimeoutError as exc:
             raise RouteError(f"no node of the cluster {self.address} answers in time") from exc
 
     def note_moved(self, slot: int, at: Address) -> None:
@@ -203,32 +172,7 @@ class Topology:
         if loop is not None:
             loop.call_soon_threadsafe(self._wake.set)
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """Return the event loop of the thread, which is started at the first call."""
-        with self._open_lock:
-            if not self._users_count:
-                raise RouteError(_CLOSED)
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=self._run, args=(self._loop,), name=f"nodes of {self.address}", daemon=True
-                ).start()
-            return self._loop
-
     # ------------------------------------------------------------------ in the thread
-
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            keep = loop.create_task(self._keep())
-            loop.run_forever()
-            tasks = {keep} | asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S))
-            loop.run_until_complete(asyncio.sleep(0))  # the sockets of dropped connections are closed now
-        finally:
-            loop.close()
 
     async def _find(self, slot: int) -> Address:
         await self._refresh()
