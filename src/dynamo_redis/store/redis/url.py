@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import redis.asyncio
 import redis.asyncio.connection
@@ -136,14 +136,19 @@ def make_connection(options: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------------- several hosts
 
 
-def _parse_sentinels(scheme: str, rest: str) -> ServerUrl:
-    """Return the sentinels and the name of the master. Raises ConfigError."""
+def _split_hosts(rest: str) -> SplitResult:
+    """Split a URL of several hosts, without its scheme. Raises ConfigError."""
     if "#" in rest:
         raise ConfigError(f"DYN_REDIS_URL has a # in it: {_ENCODE}")
     try:
-        pieces = urlsplit(f"//{rest}")
+        return urlsplit(f"//{rest}")
     except ValueError:
         raise ConfigError(_wrong_server(rest)) from None
+
+
+def _parse_sentinels(scheme: str, rest: str) -> ServerUrl:
+    """Return the sentinels and the name of the master. Raises ConfigError."""
+    pieces = _split_hosts(rest)
     login, at, hosts = pieces.netloc.rpartition("@")
     sentinels = parse_hosts(hosts, _SENTINEL_PORT)
     if len(sentinels) > _MOST_SENTINELS_COUNT:
@@ -174,12 +179,7 @@ def _parse_sentinels(scheme: str, rest: str) -> ServerUrl:
 
 def _parse_cluster(scheme: str, rest: str) -> ServerUrl:
     """Return the nodes by which a cluster is found. Raises ConfigError."""
-    if "#" in rest:
-        raise ConfigError(f"DYN_REDIS_URL has a # in it: {_ENCODE}")
-    try:
-        pieces = urlsplit(f"//{rest}")
-    except ValueError:
-        raise ConfigError(_wrong_server(rest)) from None
+    pieces = _split_hosts(rest)
     login, at, hosts = pieces.netloc.rpartition("@")
     nodes = parse_hosts(hosts, _NODE_PORT)
     if pieces.path.strip("/") not in ("", "0"):
