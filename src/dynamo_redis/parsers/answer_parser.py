@@ -27,12 +27,12 @@ class AnswerParser:
 
     All of the text is in the deltas, once and in order, except for markers and the white space around them.
     What begins like a call and is none is content. A call in which the answer was cut off is given as far as
-    it has come, as whole members and pieces of text.
+    it has come, as whole members and pieces of text; behind another call, what has no arguments yet is left
+    out. A marker in which reasoning was cut off, or which follows a call, is left out like a whole one.
     """
 
     __slots__ = (
         "_calls",
-        "_is_cut",
         "_reader",
         "_reasoning",
         "_starts_inside",
@@ -67,7 +67,6 @@ class AnswerParser:
         self._streams = streams
         self._unread: list[str] = []
         self._unread_size = 0
-        self._is_cut = False
         if new_id is None:
             new_id = _short_id if tool is not None and tool.short_ids else _long_id
         self._calls = Calls(self._reader, tools or {}, new_id, most_calls=most_calls, streams=streams)
@@ -108,7 +107,7 @@ class AnswerParser:
 
     def finish(self, *, is_cut: bool = False) -> list[Delta]:
         """Return the last deltas, at the end of the answer. `is_cut`: the model had not ended it."""
-        self._is_cut = is_cut
+        self._reader.is_cut = is_cut
         out: list[Delta] = []
         self._calls.out = out
         if self._unread:
@@ -146,7 +145,9 @@ class AnswerParser:
             yield from self._read_calls(tool, "")
             calls.only_tools = False
         while True:
-            marker = yield from reader.pass_until(tool.begin, calls.text, makes=Text, withheld=True)
+            marker = yield from reader.pass_until(
+                tool.begin, calls.text, makes=Text, withheld=True, expects=calls.count > 0
+            )
             if marker is None:
                 return
             yield from self._read_calls(tool, marker)
@@ -154,7 +155,7 @@ class AnswerParser:
     def _read_reasoning(self, markers: ReasoningFormat) -> Steps[None]:
         reader = self._reader
         yield from reader.skip_space()
-        if not (yield from reader.optional(markers.begin)) and not self._starts_inside:
+        if not (yield from reader.close(markers.begin)) and not self._starts_inside:
             return
         yield from reader.skip_space()
         reader.drop()
@@ -170,7 +171,7 @@ class AnswerParser:
         try:
             yield from tool.read(reader, calls, marker)
         except Malformed as exc:
-            if calls.is_open and self._is_cut and isinstance(exc, CutOff):
+            if (calls.is_open or calls.count) and reader.is_cut and isinstance(exc, CutOff):
                 calls.cut()
                 reader.position = len(reader.buffer)
                 reader.drop()

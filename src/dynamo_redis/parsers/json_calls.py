@@ -10,7 +10,7 @@ from typing import Final
 
 from dynamo_redis.parsers.calls import LONGEST_NAME, Calls, ToolFormat
 from dynamo_redis.parsers.json_text import object_text, pass_value, string, value
-from dynamo_redis.parsers.reader import Malformed, Reader, Steps
+from dynamo_redis.parsers.reader import CutOff, Malformed, Reader, Steps
 
 _ARGUMENTS: Final = ("arguments", "parameters")
 _SURPLUS: Final = re.compile(r"[\s}\]]*")
@@ -29,16 +29,13 @@ def _read_calls(end: str, reader: Reader, calls: Calls, _: str) -> Steps[None]:
             yield from read_list(reader, calls)
         else:
             yield from _read_sequence(reader, calls)
-    except Malformed:
-        if calls.is_open or calls.count == count:
+    except Malformed as exc:
+        if calls.is_open or calls.count == count or (reader.is_cut and isinstance(exc, CutOff)):
             raise
     reader.position = reader.mark
     if end:  # models often write one brace too few, or too many
         yield from reader.skip(_SURPLUS)
-        if (yield from reader.optional(end)):
-            reader.drop()
-        else:
-            reader.position = reader.mark
+        yield from reader.close(end)
 
 
 def read_list(reader: Reader, calls: Calls) -> Steps[None]:
@@ -59,10 +56,12 @@ def _read_sequence(reader: Reader, calls: Calls) -> Steps[None]:
     while True:
         yield from _read_call(reader, calls)
         yield from reader.skip_space()
-        if (yield from reader.peek()) in (";", ","):
+        if is_separated := (yield from reader.peek()) in (";", ","):
             reader.position += 1
             yield from reader.skip_space()
-        if (yield from reader.peek()) != "{":
+        if (character := (yield from reader.peek())) != "{":
+            if is_separated and not character:
+                raise CutOff
             return
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from dynamo_redis.parsers.reader import Malformed, Reader, Steps
+from dynamo_redis.parsers.reader import CutOff, Malformed, Reader, Steps
 
 MOST_HELD: Final = 1 << 18
 """The longest value, in characters, that is withheld until it is complete."""
@@ -91,8 +91,8 @@ def value(reader: Reader, limit: int = MOST_HELD) -> Steps[str]:
 
 def string(reader: Reader, limit: int) -> Steps[str]:
     """Return a JSON string, decoded. Raises Malformed, at its beginning."""
-    if (yield from reader.peek()) != '"':
-        raise Malformed
+    if (first := (yield from reader.peek())) != '"':
+        raise Malformed if first else CutOff
     text: str = json.loads((yield from value(reader, limit)))
     return text
 

@@ -41,10 +41,7 @@ class Section:
             yield from reader.skip_space()
             if not (yield from reader.optional(self.call_begin)):
                 break
-        if (yield from reader.optional(self.end)):
-            reader.drop()
-        else:
-            reader.position = reader.mark
+        yield from reader.close(self.end)
 
     def _read_call(self, reader: Reader, calls: Calls) -> Steps[None]:
         head, _ = yield from reader.until((self.separator,), LONGEST_NAME)
@@ -61,12 +58,10 @@ class Section:
             yield from reader.skip_space()
         yield from read_arguments(reader, calls, name, call_id)
         yield from reader.skip_space()
-        if is_fenced and (yield from reader.optional("```")):
+        if is_fenced:
+            yield from reader.close("```")
             yield from reader.skip_space()
-        if (yield from reader.optional(self.call_end)):
-            reader.drop()
-        else:
-            reader.position = reader.mark
+        yield from reader.close(self.call_end)
 
 
 DEEPSEEK: Final = Section(
@@ -143,10 +138,7 @@ def _read_qwen3_coder(reader: Reader, calls: Calls, marker: str) -> Steps[None]:
         yield from reader.skip_space()
         if not (yield from reader.optional(_FUNCTION)):
             break
-    if (yield from reader.optional(_TOOL_CALL_END)):
-        reader.drop()
-    else:
-        reader.position = reader.mark
+    yield from reader.close(_TOOL_CALL_END)
 
 
 def _read_glm(reader: Reader, calls: Calls, _: str) -> Steps[None]:

@@ -9,7 +9,7 @@ from dynamo_redis.parsers.calls import LONGEST_NAME, Calls, ToolFormat
 from dynamo_redis.parsers.json_calls import give_call
 from dynamo_redis.parsers.json_text import written
 from dynamo_redis.parsers.python_text import Literals
-from dynamo_redis.parsers.reader import Malformed, Reader, Steps
+from dynamo_redis.parsers.reader import CutOff, Malformed, Reader, Steps
 
 _NAME: Final = re.compile(r"[^\W\d][\w.-]*")
 _BEGIN: Final = "<|python_start|>"
@@ -32,10 +32,7 @@ def _read_calls(reader: Reader, calls: Calls, marker: str) -> Steps[None]:
     reader.drop()
     if marker:
         yield from reader.skip_space()
-        if (yield from reader.optional(_END)):
-            reader.drop()
-        else:
-            reader.position = reader.mark
+        yield from reader.close(_END)
 
 
 PYTHONIC: Final = ToolFormat((_BEGIN,), _read_calls, bare="[", markers=(_END,))
@@ -47,6 +44,6 @@ def _arguments(reader: Reader) -> Steps[str]:
     start = reader.position - reader.mark
     try:
         return written((yield from Literals(reader).keywords()))
-    except (Malformed, ValueError):  # it may be a number that JSON lacks
+    except (Malformed, ValueError) as exc:  # it may be a number that JSON lacks
         reader.position = reader.mark + start
-        raise Malformed from None
+        raise (CutOff if isinstance(exc, CutOff) else Malformed) from None

@@ -21,6 +21,10 @@ MOST_SKIPPED: Final = 1 << 14
 
 _SPACE: Final = re.compile(r"\s*")
 
+_LEAST_OF_MARKER: Final = 2
+"""The fewest characters at the end of a cut text that are taken for the beginning of a marker. One alone,
+such as "<", is more often text."""
+
 
 class Malformed(Exception):
     """The text from here on is not in the format. The reader's position is where it breaks the format."""
@@ -33,7 +37,7 @@ class CutOff(Malformed):
 class Reader:
     """The part of a text that has arrived and is still needed."""
 
-    __slots__ = ("buffer", "ended", "first", "gate", "makes", "mark", "position", "start")
+    __slots__ = ("buffer", "ended", "first", "gate", "is_cut", "makes", "mark", "position", "start")
 
     def __init__(self) -> None:
         self.buffer = ""
@@ -45,6 +49,8 @@ class Reader:
         """The index of the first character of a value that is not yet given."""
         self.ended = False
         """True once no further text comes."""
+        self.is_cut = False
+        """True if the text has ended at a limit, perhaps within a marker."""
         self.makes: Callable[[str], Delta] | None = None
         """Makes the delta of further text, while that contains no character of the gate."""
         self.first = ""
@@ -94,13 +100,33 @@ class Reader:
         return self.skip(_SPACE)
 
     def optional(self, literal: str) -> Steps[bool]:
-        """Read past a literal if it comes next. Return whether it did."""
+        """Read past a literal if it comes next. Return whether it did. Raises CutOff where the text is cut off
+        within it."""
         while not self.buffer.startswith(literal, self.position):
-            if self.ended or not literal.startswith(self.buffer[self.position :]):
+            rest = self.buffer[self.position :]
+            if not literal.startswith(rest):
+                return False
+            if self.ended:
+                if rest and self.is_cut:
+                    raise CutOff
                 return False
             yield
         self.position += len(literal)
         return True
+
+    def close(self, literal: str) -> Steps[bool]:
+        """Leave out a literal and the text between mark and position; or go back to the mark, if another text
+        comes next. Return whether it came. Where the text is cut off within the literal, it has come."""
+        try:
+            has_come = yield from self.optional(literal)
+        except CutOff:
+            has_come = True
+            self.position = len(self.buffer)
+        if has_come:
+            self.drop()
+        else:
+            self.position = self.mark
+        return has_come
 
     def expect(self, literal: str) -> Steps[None]:
         """Read past a literal. Raises Malformed if another text comes next."""
@@ -142,13 +168,15 @@ class Reader:
         *,
         makes: Callable[[str], Delta] | None = None,
         withheld: bool = False,
+        expects: bool = True,
     ) -> Steps[str | None]:
         """Give the text before the first of several ends, as it comes. Return the end, which is read; None if
         the text has ended.
 
         `give` moves the mark, if it gives the text to the client. `makes` does what `give` does for text with
         no beginning of an end, without the reader. With `withheld`, the text between mark and
-        position is white space that is given before other text, and left out before an end.
+        position is white space that is given before other text, and left out before an end. Where the text
+        is cut off in an end that the format `expects`, its beginning is left out.
         """
         search, gate, first = _compile(ends)
         start = 0 if withheld else self.position - self.mark
@@ -158,9 +186,13 @@ class Reader:
             is_last = found is None and self.ended
             if found is not None:
                 stop = found.start()
+            elif is_last and not (self.is_cut and expects):
+                stop = size
             else:
-                stop = size if is_last else _partial_end(self.buffer, self.position, ends)
-            if stop > self.position or (is_last and stop > self.mark + start):
+                stop = _partial_end(self.buffer, self.position, ends)
+                if is_last and size - stop < _LEAST_OF_MARKER:
+                    stop = size
+            if stop > self.position or (is_last and size == stop > self.mark + start):
                 self.position = stop
                 give(self.buffer[self.mark + start : stop])
                 start = self.position - self.mark
@@ -168,6 +200,9 @@ class Reader:
                 self.position = found.end()
                 return found.group()
             if is_last:
+                if stop < size:
+                    self.position = size
+                    self.drop()
                 return None
             if self.mark == size:
                 self.makes, self.gate, self.first = makes, gate, first

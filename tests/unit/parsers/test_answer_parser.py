@@ -139,6 +139,10 @@ def _without_malformed_calls() -> list[Any]:
     return [pytest.param(case, id=case["name"]) for case in cases]
 
 
+def _without_malformed_answers() -> list[Any]:
+    return [pytest.param(case, id=case["name"]) for case in CASES if "streamed" not in case]
+
+
 @pytest.mark.parametrize("case", _without_malformed_calls())
 def test_cut_calls_are_the_same_whole_and_streamed(case: dict[str, Any]) -> None:
     """A part of a call is given as far as it has come: JSON, but for its end."""
@@ -152,6 +156,23 @@ def test_cut_calls_are_the_same_whole_and_streamed(case: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("case", _without_malformed_answers())
+def test_no_piece_of_a_marker_is_text(case: dict[str, Any], streams: bool) -> None:
+    """What a cut answer has of reasoning, and of content behind a call, is what the whole one begins with. A
+    single character may be text, as the "<" of a comparison is."""
+    whole = parse(case, [case["text"]], streams=streams)
+    for at in range(len(case["text"]) + 1):
+        cut = parse(case, [case["text"][:at]], streams=streams, is_cut=True)
+        assert _begins(whole.reasoning, cut.reasoning), f"cut at {at}"
+        if cut.calls:
+            assert _begins(whole.content, cut.content), f"cut at {at}"
+
+
+def _begins(whole: str, cut: str) -> bool:
+    return whole.startswith((cut, cut[:-1].rstrip()))
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     ("tool_parser", "text", "arguments"),
     [
@@ -161,7 +182,8 @@ def test_cut_calls_are_the_same_whole_and_streamed(case: dict[str, Any]) -> None
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": {', '{"a": {'),
         ("deepseek_v3", '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"', '{"a"'),
         ("mistral", '[TOOL_CALLS]f{"a": 1', '{"a": 1'),
-        ("qwen3_coder", "<function=f>\n<parameter=a>\nb c</para", '{"a": "b c</para'),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\nb c</para", '{"a": "b c'),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\nb <", '{"a": "b <'),
         ("qwen3_coder", "<function=f>\n<parameter=a>\nb c</parameter></fun", '{"a": "b c"'),
         ("glm45", "<tool_call>f\n<arg_key>a</arg_key><arg_val", ""),
     ],
