@@ -100,8 +100,10 @@ class Reader:
         return self.skip(_SPACE)
 
     def optional(self, literal: str) -> Steps[bool]:
-        """Read past a literal if it comes next. Return whether it did. Raises CutOff where the text is cut off
-        within it."""
+        """Read past a literal if it comes next. Return whether it did.
+
+        Raises CutOff where the text is cut off within the literal.
+        """
         while not self.buffer.startswith(literal, self.position):
             rest = self.buffer[self.position :]
             if not literal.startswith(rest):

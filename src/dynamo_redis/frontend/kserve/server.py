@@ -32,6 +32,9 @@ IDLE_CONNECTION_S: Final = 300.0
 
 HANDSHAKE_S: Final = 10.0
 
+SPARE_CALLS: Final = 100
+"""Calls beyond those that generate: a probe gets its answer while streams hold all other places."""
+
 LAST_SEND_S: Final = 1.0
 """Longest time at the shutdown for the ends of the last calls to reach their clients."""
 
@@ -49,10 +52,11 @@ async def serving_kserve(
     They have `drain_s` from the shutdown. If the block ends by an error, they are cancelled.
     Raises ConfigError if the port cannot be had.
     """
-    service = InferenceService(app, metadata, settings.send_timeout_s)
+    most_open = settings.max_http_connections_count
+    service = InferenceService(app, metadata, settings.send_timeout_s, most_open=most_open)
     server = grpc.aio.server(
         handlers=[service.handlers()],
-        maximum_concurrent_rpcs=settings.max_http_connections_count,
+        maximum_concurrent_rpcs=most_open + SPARE_CALLS,
         options=[
             ("grpc.so_reuseport", int(settings.frontend_processes_count > 1)),
             ("grpc.max_receive_message_length", int(settings.max_body_bytes)),

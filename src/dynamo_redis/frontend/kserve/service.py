@@ -56,10 +56,11 @@ DEADLINE_MARGIN_S: Final = 0.2
 class InferenceService:
     """Answers the calls of one server."""
 
-    def __init__(self, app: ASGIApp, metadata: Metadata, send_timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, metadata: Metadata, send_timeout_s: float, *, most_open: int) -> None:
         """`app` serves a request by the path of its call. A client that reads nothing of a response for
-        `send_timeout_s` has left."""
+        `send_timeout_s` has left. At most `most_open` calls may generate, or wait for it, at a time."""
         self._app = app
+        self._most_open = most_open
         self._metadata = metadata
         self._send_timeout_s = send_timeout_s
         self._reading_unchecked = asyncio.Semaphore(MOST_UNCHECKED_READS)
@@ -145,7 +146,7 @@ class InferenceService:
             messages.append(message)
             return True
 
-        with self._open():
+        with await self._open(call):
             refusal = await self._run(INFER.path, None, call, collect)
             if refusal is None:
                 await self._write(call, b"".join(messages))
@@ -154,7 +155,7 @@ class InferenceService:
 
     async def _stream_infer(self, _: Any, call: Call) -> None:
         """Serve ModelStreamInfer. A client that does not read is not waited for at the shutdown."""
-        with self._open():
+        with await self._open(call):
             refusal = await self._run(path_of(OPENING), b"", call, _ignore)
             refusal = refusal or await self._answer_requests(call)
         if refusal is not None:
@@ -250,9 +251,15 @@ class InferenceService:
             log.exception("a request over gRPC failed")
         return request.refusal()
 
+    async def _open(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        """Count a call as open within the block. Without a place for it, the call ends in an error."""
+        if self._open_count >= self._most_open:
+            text = f"{self._most_open} calls are open (DYN_HTTP_MAX_CONNECTIONS): try again later."
+            await _abort(call, Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+        return self._counted()
+
     @contextlib.contextmanager
-    def _open(self) -> Iterator[None]:
-        """Count a call as open."""
+    def _counted(self) -> Iterator[None]:
         self._open_count += 1
         try:
             yield

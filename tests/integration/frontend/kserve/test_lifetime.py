@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.kserve import service
+from dynamo_redis.frontend.kserve.apis import SERVICE
 from dynamo_redis.frontend.kserve.metadata import Metadata
 from dynamo_redis.frontend.kserve.server import serving_kserve
 from dynamo_redis.models.llm_protocol import GenerateRequest
@@ -227,6 +228,25 @@ async def test_idle_stream_gives_its_place_back(
     async with asyncio.timeout(30):
         assert await stream.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "No request has come for 0.3 s" in await stream.details()
+
+
+async def test_probes_are_answered_while_streams_hold_all_places(open_frontend: OpenFrontend) -> None:
+    frontend = await open_frontend(kserve_grpc_server=True, grpc_port=0, max_http_connections_count=2)
+    async with kserve_client(frontend.grpc_port) as client:
+        streams = [client.stream(), client.stream()]
+        for stream in streams:
+            await send(stream, infer_request())
+            await until_final(stream)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.infer(infer_request())
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "DYN_HTTP_MAX_CONNECTIONS" in (caught.value.details() or "")
+        for name in ("ServerLive", "ServerReady"):
+            probe: Any = client.channel.unary_unary(f"/{SERVICE}/{name}")
+            assert await probe(b"") == b"\x08\x01", "the first field is true"
+        await streams[0].done_writing()
+        assert await next_message(streams[0]) is None
+        assert (await client.answer(infer_request())).outputs
 
 
 async def test_drain_leaves_clients_that_do_not_read(open_frontend: OpenFrontend) -> None:
