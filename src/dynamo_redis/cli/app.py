@@ -82,6 +82,7 @@ SECTIONS: dict[str, dict[str, LazyCommand]] = {
         "doctor": LazyCommand(
             "dynamo_redis.cli.doctor.command:doctor", "Check a Redis: its settings, rights, limits and speed."
         ),
+        "gc": LazyCommand("dynamo_redis.cli.gc:gc", "Find and remove what no process needs any more."),
         "acl": LazyCommand("dynamo_redis.cli.acl:acl", "Rules for users of Redis with the least rights."),
     },
     "Settings": {

@@ -257,8 +257,19 @@ def stream_pattern(prefix: str) -> str:
 
 def stream_of_key(prefix: str, key: bytes) -> StreamName | None:
     """Return the name of the stream whose entries a key holds; None for any other key."""
-    path = key.decode("utf-8", "replace").removeprefix(f"{{{prefix}/").removesuffix("}" + _EVENTS)
-    return StreamName.of_path(_SALT.sub("", path))
+    tag = key.decode("utf-8", "replace").removeprefix(f"{{{prefix}/").removesuffix("}" + _EVENTS)
+    return stream_of_tag(tag)
+
+
+def stream_of_tag(tag: str) -> StreamName | None:
+    """Return the stream whose keys have a hash tag, given without the prefix; None for any other tag."""
+    return StreamName.of_path(_SALT.sub("", tag))
+
+
+def key_patterns(prefix: str) -> tuple[str, str]:
+    """Return the glob patterns that all keys of a deployment match, and no others."""
+    escaped = _GLOB.sub(r"\\\1", prefix)
+    return f"{{{escaped}}}:*", f"{{{escaped}/*"
 
 
 def slot_of_tag(tag: str) -> int:

@@ -122,6 +122,7 @@ objects rm b/x
 events ls
 events lag
 lock name -- true
+gc --apply --settle 0s
 events rm dynamo/backend/kv_events
 """
 OF_VIEWER: Final = """

@@ -26,8 +26,10 @@ EXPIRY_S = 600.0
 CLAIM_S = 2.0
 RECOVERY_S = 10.0
 
+DAMAGE_IS_KNOWN_S = 86_400
+"""Seconds for which a chunk that a reader found damaged is known as such."""
+
 _POLL_S = (0.005, 0.02)
-_DAMAGE_IS_KNOWN_S = 86_400
 _KEYS_A_CALL = 500
 
 _CLAIM = load_script("object_claim")
@@ -172,7 +174,7 @@ class ObjectChunks:
             await self._client.pipeline(
                 [
                     ("SADD", self._keys.damaged, name),
-                    ("EXPIRE", self._keys.damaged, _DAMAGE_IS_KNOWN_S),
+                    ("EXPIRE", self._keys.damaged, DAMAGE_IS_KNOWN_S),
                 ]
             )
         except StoreError as exc:

@@ -55,6 +55,9 @@ redis.call('SET', KEYS[3], created_at_ms, 'PX', ARGV[3])
 if not same then
   redis.call('HSET', KEYS[1], 'created_at_ms', created_at_ms, unpack(ARGV, 6))
 end
+-- `dynamo-redis gc` leaves an object alone that was put lately, also one that had the content already.
+local put_at = redis.call('TIME')
+redis.call('HSET', KEYS[1], 'put_at_ms', string.format('%d%03d', put_at[1], math.floor(put_at[2] / 1000)))
 if ARGV[4] ~= '' then
   redis.call('HSET', KEYS[1], 'token', ARGV[5])
 end
