@@ -48,7 +48,7 @@ class Deployment:
         self.cards: list[str] = []
 
     def in_use(self) -> InUse:
-        """What a registry with an instance of `dynamo.backend` and the cards names."""
+        """Return what a registry with an instance of `dynamo.backend` and the cards names."""
         records = [record("v1/instances/dynamo/backend/generate/1", {})]
         records += (
             record(f"v1/mdc/dynamo/backend/generate/{number}", {"files": {"x": {"url": url}}})

@@ -82,6 +82,8 @@ SECTIONS: dict[str, dict[str, LazyCommand]] = {
         "doctor": LazyCommand(
             "dynamo_redis.cli.doctor.command:doctor", "Check a Redis: its settings, rights, limits and speed."
         ),
+        "backup": LazyCommand("dynamo_redis.cli.backup:backup", "Save records and objects to a file."),
+        "restore": LazyCommand("dynamo_redis.cli.backup:restore", "Restore records and objects from a file."),
         "gc": LazyCommand("dynamo_redis.cli.gc:gc", "Find and remove what no process needs any more."),
         "acl": LazyCommand("dynamo_redis.cli.acl:acl", "Rules for users of Redis with the least rights."),
     },

@@ -123,6 +123,8 @@ events ls
 events lag
 lock name -- true
 gc --apply --settle 0s
+backup {file}.zip
+restore {file}.zip --on-conflict keep
 events rm dynamo/backend/kv_events
 """
 OF_VIEWER: Final = """
@@ -131,6 +133,7 @@ models
 get --prefix v1/
 objects ls
 objects get b/y {file}.own
+backup {file}.zip
 events ls
 events lag
 router-state

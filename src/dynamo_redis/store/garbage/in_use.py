@@ -16,7 +16,9 @@ _OF_COMPONENTS: Final = (INSTANCES, MODEL_CARDS, KV_ROUTERS)
 
 @dataclass(frozen=True, slots=True)
 class InUse:
-    """What must stay. `unreadable` names the records that may name further objects and cannot be read."""
+    """The things that must stay.
+
+    `unreadable` names the records that cannot be read, and may name further objects."""
 
     urls: frozenset[str] = frozenset()
     components: frozenset[tuple[str, str]] = frozenset()
