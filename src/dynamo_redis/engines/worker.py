@@ -133,9 +133,13 @@ async def serve_engine(
         card = follower.first_card()
         registration = await publish_model(runtime, name, model, card)
         stack.push_async_callback(runtime.leave, registration)
+
+        async def keep_files() -> None:
+            await keep_model_files(runtime.objects, model, card, lambda: runtime.registry.process_count)
+
         for task, work in (
             (f"card of model {model_name}", lambda: follower.run(registration)),
-            (f"files of model {model_name}", lambda: keep_model_files(runtime.objects, model, card)),
+            (f"files of model {model_name}", keep_files),
             (f"health of {name}", lambda: follow_health(generate, engine)),
         ):
             await stack.enter_async_context(supervised(log, task, work))

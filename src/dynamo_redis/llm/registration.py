@@ -268,8 +268,12 @@ class _RegisteredModels:
             return
         task = f"files of model {card.display_name}"
 
+        async def keep_files() -> None:
+            runtime = self._runtime
+            await keep_model_files(runtime.objects, model, card, lambda: runtime.registry.process_count)
+
         async def keep_until_shutdown() -> None:
-            async with supervised(log, task, lambda: keep_model_files(self._runtime.objects, model, card)):
+            async with supervised(log, task, keep_files):
                 await self._runtime.wait_for_shutdown()
                 await withdraw([registration])  # frontends stop sending before the endpoint is gone
 

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import random
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import anyio.to_thread
@@ -32,6 +33,10 @@ UPLOAD_AGAIN_S = 1.0
 """Mean seconds between two attempts to upload to a Redis that refuses all writes."""
 CHECK_S = 10.0
 """Mean seconds between two checks that the files of a worker's card are in the object store."""
+CHECKED_BY_COUNT = 16
+"""Processes up to which each checks as often: beyond, they share the checks that so many make."""
+LONGEST_CHECK_S = 300.0
+"""Mean seconds between two checks by one process of very many: it may be the only one of its model."""
 
 
 class PublishingRuntime(Protocol):
@@ -100,14 +105,24 @@ async def _upload(objects: ObjectStore, file: ModelFile, reference: FileReferenc
     await objects.put(*parse_object_url(reference.url), content)
 
 
-async def keep_model_files(objects: ObjectStore, model: ModelDirectory, card: ModelCard) -> None:
+def check_pause_s(process_count: int) -> float:
+    """Return the mean seconds between two checks by one of so many processes."""
+    return min(CHECK_S * max(1.0, process_count / CHECKED_BY_COUNT), LONGEST_CHECK_S)
+
+
+async def keep_model_files(
+    objects: ObjectStore,
+    model: ModelDirectory,
+    card: ModelCard,
+    process_count: Callable[[], int],
+) -> None:
     """Upload again each of the model's files that vanishes from Redis alone. Runs until it is cancelled.
 
-    About every `CHECK_S` it checks each file, with two small exchanges.
+    It checks each file, with two small exchanges, about every `check_pause_s` of the processes that live.
     """
     failure = ""
     while True:
-        await asyncio.sleep(CHECK_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+        await asyncio.sleep(check_pause_s(process_count()) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
         try:
             for name, reference in card.files.items():
                 if not await objects.holds(*parse_object_url(reference.url), reference.sha256):

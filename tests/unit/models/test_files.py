@@ -18,7 +18,14 @@ from dynamo_redis.errors import ModelCacheError, ModelError, ObjectChanged, Obje
 from dynamo_redis.models.card import FileReference, ModelCard, RuntimeConfig
 from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.download import fetch_model_files
-from dynamo_redis.models.upload import keep_model_files, make_card, publish_model, upload_model_files
+from dynamo_redis.models.upload import (
+    LONGEST_CHECK_S,
+    check_pause_s,
+    keep_model_files,
+    make_card,
+    publish_model,
+    upload_model_files,
+)
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.store.base import ObjectInfo, Registration, Registry
 from dynamo_redis.store.objects.memory import MemoryObjectStore
@@ -449,7 +456,8 @@ async def test_files_that_vanish_are_uploaded_again(
     objects = Refusing()
     await _uploaded(objects, directory, card)
     monkeypatch.setattr("dynamo_redis.models.upload.CHECK_S", 0.01)
-    keeping = asyncio.create_task(keep_model_files(objects, read_model_directory(directory), card))
+    model = read_model_directory(directory)
+    keeping = asyncio.create_task(keep_model_files(objects, model, card, lambda: 1))
     try:
         async with asyncio.timeout(20):
             for info in await objects.list():
@@ -467,6 +475,15 @@ async def test_files_that_vanish_are_uploaded_again(
     assert [record.message for record in caplog.records].count(
         "files of model Demo/Model-1.0 cannot be kept in Redis: Redis is full"
     ) == 1
+
+
+@pytest.mark.parametrize(("process_count", "checks_per_s"), [(0, 0.1), (1, 0.1), (16, 1.6), (400, 1.6)])
+def test_many_workers_share_the_checks_of_their_files(process_count: int, checks_per_s: float) -> None:
+    assert max(process_count, 1) / check_pause_s(process_count) == pytest.approx(checks_per_s)
+
+
+def test_a_worker_among_very_many_checks_its_files_all_the_same() -> None:
+    assert check_pause_s(100_000) == LONGEST_CHECK_S
 
 
 class Refusing(MemoryObjectStore):
