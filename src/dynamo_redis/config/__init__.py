@@ -28,7 +28,7 @@ from dynamo_redis.config.runtime_files import (
     write_runtime_file,
 )
 from dynamo_redis.config.services import FixtureSettings, FrontendSettings, RuntimeSettings
-from dynamo_redis.config.store import StoreSettings
+from dynamo_redis.config.store import RedisLogin, StoreSettings
 from dynamo_redis.config.system import SystemSettings
 from dynamo_redis.config.tracing import TracingSettings
 from dynamo_redis.config.unknown import unknown_names
@@ -45,6 +45,7 @@ __all__ = [
     "Origin",
     "PemFile",
     "PlaneSettings",
+    "RedisLogin",
     "RouterSettings",
     "RuntimeSettings",
     "SettingsGroup",

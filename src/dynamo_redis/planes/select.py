@@ -110,7 +110,8 @@ def _through_broker(
     if plane == "redis":
         from dynamo_redis.planes.redis.link import RedisLink
 
-        return settings, RedisLink(store.require_url(), store.command_timeout_s, store.prefix, name, reads)
+        url, timeout_s, login = store.require_url(), store.command_timeout_s, store.login()
+        return settings, RedisLink(url, timeout_s, store.prefix, name, reads, login)
     try:
         from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink
     except ImportError as exc:

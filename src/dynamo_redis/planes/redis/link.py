@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Final
 
 from dynamo_redis.backoff import Backoff
+from dynamo_redis.config import RedisLogin
 from dynamo_redis.errors import CannotConnect, StoreError
 from dynamo_redis.planes.base import Describe
 from dynamo_redis.planes.tunnel.link import BEHIND_COUNT, LinkOwner
@@ -39,10 +40,18 @@ _log = logging.getLogger(__name__)
 class RedisLink:
     """Implements `Link`. It owns a task that reads and one that sends, each with a connection."""
 
-    def __init__(self, url: str, timeout_s: float, prefix: str, name: str, reads: Inbox) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        prefix: str,
+        name: str,
+        reads: Inbox,
+        login: RedisLogin | None = None,
+    ) -> None:
         """`name` is unique among the processes of the deployment, whose keys have the prefix. A worker reads
         requests, a caller replies."""
-        self._client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-plane")
+        self._client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-plane", login=login)
         self._prefix = prefix
         self._user = encode_part(self._client.user)
         self._address = f"{self._user}.{name}"

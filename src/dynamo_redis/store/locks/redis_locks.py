@@ -31,7 +31,8 @@ class RedisLocks(StoredLocks):
         """Return locks with a client of their own, not yet connected. Raises ConfigError if no server is
         configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
-        return cls(open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-locks"), settings.prefix)
+        name, login = "dynamo-redis-locks", settings.login()
+        return cls(open_client(url, timeout_s=timeout_s, client_name=name, login=login), settings.prefix)
 
 
 class RedisLockStorage:

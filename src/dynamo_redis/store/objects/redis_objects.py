@@ -118,7 +118,8 @@ class RedisObjectStore(ObjectReads):
         """Return a store with a client of its own, not yet connected. Raises ConfigError if no server is
         configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
-        client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
+        name, login = "dynamo-redis-objects", settings.login()
+        client = open_client(url, timeout_s=timeout_s, client_name=name, login=login)
         return cls(client, settings.prefix, read_only=read_only)
 
     # ------------------------------------------------------------------ put

@@ -17,6 +17,7 @@ from redis import exceptions as redis_errors
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.redis.deadline import LONGEST_TIMES, Deadline, leaving_s
 from dynamo_redis.store.redis.server_errors import FAILURES, ErrorReply, drop
+from dynamo_redis.store.redis.server_state import ServerState
 
 HAS_HIREDIS: Final = find_spec("hiredis") is not None
 
@@ -55,20 +56,21 @@ class Link(Protocol):
 class BlockingConnection:
     """One connection, made when needed. For one task at a time; its owner closes it.
 
-    `connect` returns a redis-py connection that has logged in. `error` returns the StoreError for a failure.
-    `epoch` grows when all connections have to be replaced: this one is replaced before its next command.
+    `connect` returns a redis-py connection that has logged in. In another epoch of the server, and when its
+    login has changed, the connection is replaced or logs in again before the next command.
     """
 
     def __init__(
         self,
         connect: Callable[[], Awaitable[Any]],
-        error: Callable[[BaseException], StoreError],
-        epoch: Callable[[], int],
+        server: ServerState,
         timeout_s: float,
     ) -> None:
         self._connect = connect
-        self._error = error
-        self._epoch = epoch
+        self._server = server
+        self._error = server.error
+        self._epoch = server.epoch
+        self._login_version = 0
         self._made_in = 0
         self._timeout_s = timeout_s
         self._link: Link | None = None
@@ -104,7 +106,10 @@ class BlockingConnection:
                 self._made_in = self._epoch()
                 async with asyncio.timeout(self._timeout_s):
                     made = await self._connect()
+                    self._login_version = made.login_version
                     self._link = _ParserLink(made) if HAS_HIREDIS else _StreamLink(made)
+            elif self._login_version != self._server.login_version:
+                await self._log_in_again(self._link)
             request = commands[0] if len(commands) == 1 else b"".join(commands)
             return await self._link.exchange(
                 request, len(commands), block_s + self._timeout_s, keeps_errors=keeps_errors
@@ -115,6 +120,14 @@ class BlockingConnection:
         except BaseException:  # cancelled: the answer would be left unread
             self._drop()
             raise
+
+    async def _log_in_again(self, link: Link) -> None:
+        """Send AUTH with the present credentials. A refusal leaves the connection as it was."""
+        self._login_version = self._server.login_version
+        request = pack("AUTH", *self._server.login_words)
+        (answer,) = await link.exchange(request, 1, self._timeout_s, keeps_errors=True)
+        if isinstance(answer, Exception):
+            self._server.note_refusal(answer)
 
     def abort(self) -> None:
         """Close the connection, so that a command under way raises StoreError. For the event loop."""

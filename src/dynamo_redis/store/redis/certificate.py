@@ -7,6 +7,7 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_redis.config import RedisLogin
 from dynamo_redis.store.redis.route import open_route
 from dynamo_redis.store.redis.server_errors import FAILURES, store_error
 from dynamo_redis.store.redis.url import make_connection, parse_server_url
@@ -25,9 +26,9 @@ class TlsSession:
     has_own_certificate: bool
 
 
-async def tls_session(url: str, timeout_s: float) -> TlsSession:
+async def tls_session(url: str, timeout_s: float, login: RedisLogin | None = None) -> TlsSession:
     """Connect as processes do, and return the session. Raises StoreError, ConfigError."""
-    parsed = parse_server_url(url)
+    parsed = parse_server_url(url, login)
     route = open_route(parsed)
     options = parsed.options()
     options |= {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2}

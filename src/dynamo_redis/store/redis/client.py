@@ -31,6 +31,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from dynamo_redis.config import RedisLogin
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.histogram import Histogram
 from dynamo_redis.store.redis.base import Sending
@@ -68,16 +69,23 @@ class RedisClient:
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis", route: Route | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        client_name: str = "dynamo-redis",
+        route: Route | None = None,
+        login: RedisLogin | None = None,
     ) -> None:
-        """`route`: leads to the server, instead of the route that the URL describes. Released at `aclose`."""
+        """`route`: leads to the server, instead of the route that the URL describes. Released at `aclose`.
+        `login`: user and password that do not stand in the URL."""
         self.timeout_s = timeout_s
-        self._url = parse_server_url(url)
+        self._url = parse_server_url(url, login)
+        self._credentials = self._url.credentials()
         self._route = open_route(self._url) if route is None else route
-        self._server = ServerState(self._route, is_tls=self._url.is_tls)
+        self._server = ServerState(self._route, is_tls=self._url.is_tls, credentials=self._credentials)
         self._login = Login(self._server, client_name)
         options = self._url.options()
-        self.user: Final = str(options.get("username") or "default")
         # Each call has a `Deadline`. With a time-out of its own, redis-py would send through
         # `asyncio.wait_for`, which costs a task a command and, before Python 3.12, can suppress the caller's
         # cancellation.
@@ -88,6 +96,7 @@ class RedisClient:
         }
         self._pool = EpochPool(max_connections=MAX_CONNECTIONS_COUNT, timeout=timeout_s, **self._options)
         self._pool.epoch = self._server.epoch
+        self._pool.renew = self._login.renew
         self._redis = with_raw_replies(redis.asyncio.Redis(connection_pool=self._pool))
         self._others: WeakSet[BlockingConnection | ChannelSubscription] = WeakSet()
         self._of_threads: WeakSet[SyncConnection] = WeakSet()
@@ -106,6 +115,11 @@ class RedisClient:
     def address(self) -> str:
         """The server, for messages."""
         return self._server.address
+
+    @property
+    def user(self) -> str:
+        """The user at the server, as far as it is known."""
+        return self._url.user
 
     @property
     def closed(self) -> bool:
@@ -243,6 +257,8 @@ class RedisClient:
             self._closed = True
             self._route.remove_listener(self._on_move)
             self._route.release()
+            if self._credentials is not None:
+                self._credentials.release()
         self._pool.close()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -300,7 +316,7 @@ class RedisClient:
             await connection.connect()
             return connection
 
-        made = BlockingConnection(connect, self._server.error, self._server.epoch, self.timeout_s)
+        made = BlockingConnection(connect, self._server, self.timeout_s)
         self._others.add(made)
         return made
 
@@ -319,7 +335,9 @@ class RedisClient:
 
     async def _subscribe(self, command: str, names: Sequence[str]) -> ChannelSubscription:
         self._check_open()
-        subscription = ChannelSubscription(self._server, make_connection(self._options), self.timeout_s)
+        subscription = ChannelSubscription(
+            self._server, lambda: make_connection(self._options), self.timeout_s
+        )
         self._others.add(subscription)
         await subscription.start(command, names)
         return subscription

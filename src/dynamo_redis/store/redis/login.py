@@ -16,6 +16,7 @@ from dynamo_redis.store.redis.server_errors import (
     FAILURES,
     ErrorReply,
     RouteError,
+    drop,
     is_about_command,
     is_about_password,
     is_cut_off,
@@ -50,7 +51,7 @@ class Login:
         reader = connection._reader
         server = self._server
         try:
-            await connection.on_connect()
+            await self._authenticate(connection)
             if server.names_connections:
                 await connection.send_command("CLIENT", "SETNAME", self._client_name)
                 try:
@@ -87,11 +88,61 @@ class Login:
             except redis_errors.ResponseError as exc:
                 self._check_role_unknown(exc)
 
+    async def _authenticate(self, connection: Any) -> None:
+        """Send user and password. If they are refused and there are newer ones now, send those."""
+        credentials = self._server.credentials
+        connection.login_version = 0
+        if credentials is None:
+            await connection.on_connect()
+            return
+        await credentials.current()
+        connection.login_version = version = credentials.version
+        try:
+            await connection.on_connect()
+        except redis_errors.RedisError as exc:
+            if not is_about_password(exc) or not await credentials.renewed(version):
+                raise
+            connection.login_version = credentials.version
+            await connection.on_connect()
+
+    def _authenticate_in_thread(self, connection: Any) -> None:
+        """As `_authenticate`, for a thread."""
+        credentials = self._server.credentials
+        if credentials is None:
+            connection.on_connect()
+            return
+        credentials.current_in_thread()
+        version = credentials.version
+        try:
+            connection.on_connect()
+        except redis_errors.RedisError as exc:
+            if not is_about_password(exc) or not credentials.renewed_in_thread(version):
+                raise
+            connection.on_connect()
+
+    async def renew(self, connection: Any) -> None:
+        """Log an open connection of the pool in again if user or password have changed. Raises one of
+        FAILURES; then the connection is closed.
+
+        A refusal leaves it logged in as before."""
+        version = self._server.login_version
+        if connection.login_version == version:
+            return
+        connection.login_version = version
+        try:
+            await connection.send_command("AUTH", *self._server.login_words, check_health=False)
+            await connection.read_response()
+        except redis_errors.ResponseError as exc:
+            self._server.note_refusal(exc)
+        except BaseException:
+            drop(connection)  # the answer would be left unread
+            raise
+
     def log_in_from_thread(self, connection: Any) -> None:
         """As `log_in`, for a thread; it is never the first connection to a server."""
         prepare(connection)
         try:
-            connection.on_connect()
+            self._authenticate_in_thread(connection)
             if self._server.names_connections:
                 connection.send_command("CLIENT", "SETNAME", self._client_name)
                 try:

@@ -9,39 +9,40 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Hashable
 from concurrent.futures import CancelledError
-from typing import Any, ClassVar, Final, Self, TypeVar, cast
+from typing import Any, ClassVar, Final, Generic, Self, TypeVar, cast
 
 from dynamo_redis.store.redis.server_errors import RouteError
-from dynamo_redis.store.redis.url import ServerUrl
 
 _STOP_TIMEOUT_S: Final = 1.0
 _CLOSED: Final = "the connection to Redis has been closed"
 
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
 
 
-class OwnThread(ABC):
-    """Base of an object that is shared by URL. It is made by `shared`; each user releases it once.
+class OwnThread(ABC, Generic[Key]):
+    """Base of an object that is shared by a key, such as a URL. It is made by `shared`; each user releases it
+    once.
 
     The thread is started at the first use, and ends with the last `release`.
     """
 
-    _open: ClassVar[dict[tuple[type, ServerUrl], OwnThread]] = {}
+    _open: ClassVar[dict[tuple[type, Hashable], OwnThread[Any]]] = {}
     _open_lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, url: ServerUrl) -> None:
+    def __init__(self, key: Key) -> None:
         super().__init__()
-        self._url = url
+        self._key = key
         self._users_count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def shared(cls, url: ServerUrl) -> Self:
-        """Return this process's object of a URL. Each caller releases it once."""
+    def shared(cls, key: Key) -> Self:
+        """Return this process's object of a key. Each caller releases it once."""
         with cls._open_lock:
-            found = cast("Self", cls._open.get((cls, url)) or cls._open.setdefault((cls, url), cls(url)))
+            found = cast("Self", cls._open.get((cls, key)) or cls._open.setdefault((cls, key), cls(key)))
             found._users_count += 1
             return found
 
@@ -51,7 +52,7 @@ class OwnThread(ABC):
             self._users_count -= 1
             if self._users_count:
                 return
-            self._open.pop((type(self), self._url), None)
+            self._open.pop((type(self), self._key), None)
             loop, self._loop = self._loop, None
         if loop is not None:
             loop.call_soon_threadsafe(loop.stop)

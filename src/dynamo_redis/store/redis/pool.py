@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -20,6 +20,8 @@ class EpochPool(redis.asyncio.BlockingConnectionPool):
     those that were not used for `IDLE_S`."""
 
     epoch: Callable[[], int]
+    renew: Callable[[Any], Awaitable[None]]
+    """Logs a connection in again if user and password have changed."""
     _swept_in = 0
     _swept_at = 0.0
 
@@ -59,6 +61,7 @@ class EpochPool(redis.asyncio.BlockingConnectionPool):
         if not connection.is_connected:
             connection.made_in = epoch
         await super().ensure_connection(connection)
+        await self.renew(connection)
 
 
 def with_raw_replies(client: Any) -> Any:

@@ -67,13 +67,14 @@ class _Answer:
     names: tuple[str, ...] = ()
 
 
-class SentinelRoute(OwnThread, Route):
+class SentinelRoute(OwnThread[ServerUrl], Route):
     """Leads to the primary that the sentinels of a URL name. Made by `shared`."""
 
     needs_primary = True
 
     def __init__(self, url: ServerUrl) -> None:
         super().__init__(url)
+        self._url = url
         self._primary: Address | None = None
         self._config_epoch = 0
         self._asking: asyncio.Task[Address] | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis import exceptions as redis_errors
@@ -14,25 +15,64 @@ from dynamo_redis.store.redis.server_state import ServerState
 
 
 class ChannelSubscription:
-    """Messages of subscribed channels, from one connection that is never replaced silently."""
+    """Messages of subscribed channels, from one connection that is never replaced silently, unless its user
+    or password has changed: a subscribed connection cannot log in again. Then another one subscribes before
+    the first is closed, so a message may come twice, and none is lost.
 
-    def __init__(self, server: ServerState, connection: Any, timeout_s: float) -> None:
+    `make` returns a connection, not yet connected."""
+
+    def __init__(self, server: ServerState, make: Callable[[], Any], timeout_s: float) -> None:
         self._server = server
-        self._connection = connection
+        self._make = make
+        self._connection = make()
+        self._subscribed: tuple[str, ...] = ()
+        self._login_version = 0
+        self._received: deque[Any] = deque()
         self._timeout_s = timeout_s
         self._made_in = server.epoch()
 
     async def start(self, command: str, names: Sequence[str]) -> None:
         """Connect and subscribe. Raises StoreError."""
+        self._subscribed = (command, *names)
         try:
             async with Deadline(self._timeout_s):
-                await self._connection.connect()
-                await self._connection.send_command(command, *names)
-                for _ in names:
-                    await self._connection.read_response()
+                await self._subscribe(self._connection)
+            self._login_version = self._connection.login_version
         except FAILURES as exc:
             await self.aclose()
             raise self._server.error(exc) from exc
+
+    async def _subscribe(self, connection: Any) -> None:
+        """Connect and subscribe. Raises one of FAILURES."""
+        await connection.connect()
+        await connection.send_command(*self._subscribed)
+        for _ in self._subscribed[1:]:
+            await connection.read_response()
+
+    async def _replace(self) -> None:
+        """Subscribe by another connection, and take what the first one has received until then.
+
+        If that fails, the first one is used on: it is still logged in."""
+        self._login_version = self._server.login_version
+        old, new = self._connection, self._make()
+        try:
+            async with Deadline(self._timeout_s):
+                await self._subscribe(new)
+        except BaseException as exc:
+            drop(new)
+            if not isinstance(exc, FAILURES):
+                raise
+            self._server.note_refusal(exc)
+            return
+        self._connection = new
+        self._login_version = new.login_version
+        try:
+            async with Deadline(self._timeout_s):
+                await old.send_command("PING", check_health=False)
+                while (reply := await old.read_response())[0] != b"pong":
+                    self._received.append(reply)
+        finally:
+            drop(old)
 
     async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         """Return the next (channel, payload); None if there is none within `timeout_s`.
@@ -46,7 +86,12 @@ class ChannelSubscription:
                 f"Redis at {self._server.address} is no longer the primary: subscribe again"
             )
         try:
-            reply = await self._connection.read_response(timeout=timeout_s)
+            if self._login_version != self._server.login_version:
+                await self._replace()
+            if self._received:
+                reply = self._received.popleft()
+            else:
+                reply = await self._connection.read_response(timeout=timeout_s)
             if reply is None:
                 try:
                     async with Deadline(self._timeout_s):

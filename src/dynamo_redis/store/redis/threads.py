@@ -91,6 +91,7 @@ class SyncConnection:
         self._pool = pool
         self._redis = with_raw_replies(redis.Redis(connection_pool=pool))
         self._made_in = server.epoch()
+        self._login_version = server.login_version
 
     def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """As `RedisClient.script`. After a connection error the next call reconnects."""
@@ -99,6 +100,7 @@ class SyncConnection:
             self._made_in = epoch
         server = self._server
         try:
+            self._log_in_again()
             if server.sends_hashes:
                 try:
                     return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
@@ -112,10 +114,22 @@ class SyncConnection:
     def script_asking(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """As `script`, at a node of a cluster to which the keys' slot is moving."""
         try:
+            self._log_in_again()
             self._redis.execute_command("ASKING")
             return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
         except FAILURES as exc:
             raise self._failed(exc, "EVAL") from exc
+
+    def _log_in_again(self) -> None:
+        """Send AUTH if user or password have changed. A refusal leaves the connection as it was."""
+        version = self._server.login_version
+        if self._login_version == version:
+            return
+        try:
+            self._redis.execute_command("AUTH", *self._server.login_words)
+        except redis_errors.ResponseError as exc:
+            self._server.note_refusal(exc)
+        self._login_version = version
 
     def connect(self) -> None:
         """Connect now, not at the first script. Raises StoreError."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
@@ -20,7 +20,9 @@ import redis.asyncio.connection
 import redis.connection
 from redis import exceptions as redis_errors
 
+from dynamo_redis.config import RedisLogin
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.store.redis.credentials import CredentialSource, SharedCredentials
 
 _FORM: Final = (
     "redis://[user:password@]host:port, rediss://… for TLS, unix:///path/of/the/socket, or"
@@ -63,7 +65,7 @@ class ServerUrl:
 
     `sentinels` and `master_name` are set for a URL of sentinels only. The options of that are for the servers
     and for the sentinels alike, except user and password. `nodes` is set for a URL of a cluster only: some of
-    its nodes, by which the others are found.
+    its nodes, by which the others are found. `login`: user and password, where the URL has no password.
     """
 
     url: str = field(repr=False)
@@ -72,6 +74,7 @@ class ServerUrl:
     master_name: str = ""
     sentinel_login: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     nodes: tuple[Address, ...] = ()
+    login: RedisLogin | None = None
 
     @property
     def is_tls(self) -> bool:
@@ -80,11 +83,37 @@ class ServerUrl:
 
     def options(self) -> dict[str, Any]:
         """Return redis-py's options of connections to the server, for an event loop. Raises ConfigError."""
-        return _options(self.url, redis.asyncio.connection.parse_url)
+        return self._with_login(_options(self.url, redis.asyncio.connection.parse_url))
 
     def thread_options(self) -> dict[str, Any]:
         """Return redis-py's options of connections to the server, for a thread. Raises ConfigError."""
-        return _options(self.url, redis.connection.parse_url)
+        return self._with_login(_options(self.url, redis.connection.parse_url))
+
+    def _with_login(self, options: dict[str, Any]) -> dict[str, Any]:
+        login = self.login
+        if login is None:
+            return options
+        if login.changes:
+            rest = {name: value for name, value in options.items() if name not in ("username", "password")}
+            return rest | {"credential_provider": SharedCredentials(login)}
+        given = {"username": login.username, "password": login.password}
+        return options | {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def user(self) -> str:
+        """The user at the server, as far as it is known: a provider may name another one."""
+        login = self.login
+        if login is not None and login.changes:
+            source = CredentialSource.shared(login)
+            known = source.known
+            source.release()
+            return (known and known.username) or login.username or "default"
+        return str(self.options().get("username") or "default")
+
+    def credentials(self) -> CredentialSource | None:
+        """Return the source of user and password, if they change. Its user releases it. Raises
+        ConfigError."""
+        return None if self.login is None or not self.login.changes else CredentialSource.shared(self.login)
 
     def sentinel_options(self, sentinel: Address) -> dict[str, Any]:
         """Return redis-py's options of connections to a sentinel, for an event loop."""
@@ -94,8 +123,9 @@ class ServerUrl:
         return options | dict(self.sentinel_login) | {"host": sentinel[0], "port": sentinel[1]}
 
 
-def parse_server_url(url: str) -> ServerUrl:
-    """Check a URL. Raises ConfigError, which never shows part of a password."""
+def parse_server_url(url: str, login: RedisLogin | None = None) -> ServerUrl:
+    """Check a URL, and that it goes with a user and password that stand beside it. Raises ConfigError, which
+    never shows part of a password."""
     url = url.strip()
     scheme, found, rest = url.partition("://")
     scheme = scheme.lower()
@@ -112,7 +142,19 @@ def parse_server_url(url: str) -> ServerUrl:
         parsed = ServerUrl(url)
     _check_pieces(parsed.url)
     _check_options(parsed.options())
-    return parsed
+    return parsed if login is None else replace(parsed, login=_beside(parsed.options(), login))
+
+
+def _beside(options: dict[str, Any], login: RedisLogin) -> RedisLogin:
+    """Return a login with the user of the URL, if it has none itself. Raises ConfigError."""
+    given = options.get("username") or None
+    if options.get("password") and (login.changes or login.password is not None):
+        raise ConfigError(f"DYN_REDIS_URL has a password, and {login.origin} gives one: leave one out")
+    if given is not None and given != login.username:
+        if login.username is not None or login.username_file is not None:
+            raise ConfigError("DYN_REDIS_URL names a user, and DYN_REDIS_USERNAME another one: leave one out")
+        return replace(login, username=given)
+    return login
 
 
 def address(options: dict[str, Any]) -> str:

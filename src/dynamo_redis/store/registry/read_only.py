@@ -191,6 +191,7 @@ class ReadOnlyRegistry(KeyOperations):
             settings.require_url(),
             timeout_s=settings.command_timeout_s,
             client_name=f"dynamo-redis:{self._lease:x}",
+            login=settings.login(),
         )
         self._kv = PlainReads(self._client, RegistryKeys(settings.prefix))
         super().__init__(self._kv)

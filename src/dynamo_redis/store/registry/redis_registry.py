@@ -45,6 +45,7 @@ class RedisRegistry(KeyOperations):
             settings.require_url(),
             timeout_s=settings.command_timeout_s,
             client_name=f"dynamo-redis:{self._lease:x}",
+            login=settings.login(),
         )
         keys = RegistryKeys(settings.prefix)
         chain = WriterChain()

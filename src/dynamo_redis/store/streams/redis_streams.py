@@ -81,7 +81,8 @@ class RedisEventStreams:
         """Return streams with a client of their own, not yet connected. Raises ConfigError if no server is
         configured."""
         url, timeout_s = store.require_url(), store.command_timeout_s
-        client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-events")
+        name, login = "dynamo-redis-events", store.login()
+        client = open_client(url, timeout_s=timeout_s, client_name=name, login=login)
         return cls(client, store.prefix, events)
 
     # ------------------------------------------------------------------ streams

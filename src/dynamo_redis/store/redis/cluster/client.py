@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, Final, TypeVar
 
 from dynamo_redis.backoff import Backoff
+from dynamo_redis.config import RedisLogin
 from dynamo_redis.errors import StoreError, StoreUnavailable
 from dynamo_redis.histogram import Histogram
 from dynamo_redis.store.redis.base import BlockingReads, Sending
@@ -54,13 +55,20 @@ PROMPT_MOVES_COUNT: Final = 2
 class ClusterClient:
     """`StoreClient` of a cluster. The URL names some of its nodes; the others are found by them."""
 
-    def __init__(self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        client_name: str = "dynamo-redis",
+        login: RedisLogin | None = None,
+    ) -> None:
         """Raises ConfigError for a URL that cannot be used."""
         self.timeout_s = timeout_s
         self._client_name = client_name
-        self._url = parse_server_url(url)
+        self._url = parse_server_url(url, login)
+        self._credentials = self._url.credentials()
         self._topology = Topology.shared(self._url)
-        self.user: Final = str(self._url.options().get("username") or "default")
         self._nodes: dict[Address, RedisClient] = {}
         self._slots: dict[int, RedisClient] = {}
         self._clients_lock = Lock()
@@ -78,6 +86,11 @@ class ClusterClient:
     def address(self) -> str:
         """As `StoreClient.address`: the nodes in the URL."""
         return self._topology.address
+
+    @property
+    def user(self) -> str:
+        """As `StoreClient.user`."""
+        return self._url.user
 
     @property
     def closed(self) -> bool:
@@ -235,7 +248,11 @@ class ClusterClient:
             client = clients.get(name)
             if client is None:
                 client = clients[name] = RedisClient(
-                    self._url.url, timeout_s=self.timeout_s, client_name=self._client_name, route=route()
+                    self._url.url,
+                    timeout_s=self.timeout_s,
+                    client_name=self._client_name,
+                    route=route(),
+                    login=self._url.login,
                 )
                 client.trips_s = self.trips_s
             return client
@@ -319,6 +336,8 @@ class ClusterClient:
             self._closed = True
             self._topology.remove_listener(self._on_change)
             self._topology.release()
+            if self._credentials is not None:
+                self._credentials.release()
         await asyncio.gather(*(client.aclose() for client in self._clients()))
 
     def _clients(self) -> list[RedisClient]:

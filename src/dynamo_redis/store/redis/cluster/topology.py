@@ -68,11 +68,12 @@ class ClusterRoute(Protocol):
         ...
 
 
-class Topology(OwnThread):
+class Topology(OwnThread[ServerUrl]):
     """The present view of a cluster. Made by `shared`; safe from any thread."""
 
     def __init__(self, url: ServerUrl) -> None:
         super().__init__(url)
+        self._url = url
         self._owners: list[Address | None] = [None] * SLOTS_COUNT
         self._nodes: dict[Address, None] = {}
         self._masters: tuple[Address, ...] = ()
