@@ -96,7 +96,7 @@ def test_output_has_a_line_a_check_and_a_plot(start: Start, cli: Cli) -> None:
     names = [line.split()[1] for line in lines if line.startswith(("pass", "warn", "FAIL"))]
     assert names[0] == "connection"
     assert names[-1] == "latency"
-    assert len(names) == len(set(names)) == 19
+    assert len(names) == len(set(names)) == 20
     place = next(number for number, line in enumerate(lines) if "volatile-lru" in line)
     assert lines[place].startswith("warn  eviction")
     assert lines[place + 1].strip().startswith("→ CONFIG SET maxmemory-policy noeviction")
@@ -251,6 +251,30 @@ def test_tls_is_described(start: Start, cli: Cli, tmp_path: Path) -> None:
     shown = found(cli("doctor", f"{url}?ssl_cert_reqs=none&ssl_check_hostname=false", "--json"))
     assert shown["tls"]["level"] == "warn"
     assert cli("doctor", url).code == 2, "its CA is not known"
+
+
+@pytest.mark.parametrize("setting", ["DYN_REDIS_PASSWORD_FILE", "DYN_REDIS_CREDENTIALS", "DYN_REDIS_URL"])
+def test_login_is_named_without_its_password(
+    setting: str, start: Start, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(requirepass="Hunter2pass")
+    file = tmp_path / "password"
+    file.write_text("Hunter2pass")
+    (tmp_path / "doctor_tokens.py").write_text(
+        "import time\ndef token():\n    return 'default', 'Hunter2pass', time.time() + 20\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    url = server.url
+    if setting == "DYN_REDIS_URL":
+        url = url.replace("//", "//:Hunter2pass@")
+    else:
+        monkeypatch.setenv(setting, str(file) if setting.endswith("FILE") else "doctor_tokens:token")
+    done = cli("doctor", url, "--json")
+    shown = found(done)["login"]
+    assert shown["text"].startswith(f"user default, password from {setting}")
+    assert shown["level"] == ("warn" if setting == "DYN_REDIS_CREDENTIALS" else "pass")
+    assert ("token that ends in" in shown["text"]) == (setting == "DYN_REDIS_CREDENTIALS")
+    assert "Hunter2pass" not in done.out + done.err
 
 
 async def test_proxy_that_cuts_connections_is_examined(own_redis_server: EmbeddedServer) -> None:

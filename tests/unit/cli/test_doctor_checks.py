@@ -11,6 +11,7 @@ from dynamo_redis.cli.doctor.checks import (
     CHECKS,
     check_cluster,
     check_connections,
+    check_login,
     check_memory,
     check_notifications,
     check_tls,
@@ -106,6 +107,19 @@ def test_certificates_that_end_soon_are_named() -> None:
     assert "the certificate ends in 23h 59m" in finding.text
     assert check_tls(seen("redis://10.0.0.1")).level == "warn"
     assert check_tls(seen("redis://127.0.0.1")).level == "pass"
+
+
+def test_login_is_described_and_its_end_named() -> None:
+    assert check_login(seen()).level == "warn"
+    assert check_login(seen("redis://127.0.0.1")).level == "pass"
+    file = "DYN_REDIS_PASSWORD_FILE (/run/secrets/redis)"
+    assert check_login(seen(login=file)).text == f"user default, password from {file}"
+    soon = check_login(seen(login=file, login_ends_at=time.time() + 3600))
+    assert (soon.level, "ends in 59m 59s" in soon.text) == ("warn", True)
+    assert check_login(seen(login=file, login_ends_at=time.time() + 7 * 86_400)).level == "pass"
+    provider = "DYN_REDIS_CREDENTIALS (aws_iam_login:token)"
+    assert check_login(seen(login=provider, login_ends_at=time.time() + 900)).level == "pass"
+    assert check_login(seen(login=provider, login_ends_at=time.time() + 9)).level == "warn"
 
 
 def test_primaries_without_a_replica_are_named() -> None:

@@ -25,6 +25,8 @@ _NEARLY_FULL: Final = 0.75
 _SHORT_IDLE_S: Final = 30
 _SMALL_BUFFER_BYTES: Final = 32 << 20
 _EXPIRES_SOON_S: Final = 21 * 86_400
+_ENDS_SOON_S: Final = 86_400.0
+_RENEWS_LATE_S: Final = 30.0
 _FEWEST_SENTINELS: Final = 2
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _PLOT_COLUMNS: Final = 24
@@ -478,9 +480,39 @@ def check_tls(seen: Examination) -> Finding:
     return Finding("tls", "pass", f"{text}, verified{host}{ends}", data=data)
 
 
+def check_login(seen: Examination) -> Finding:
+    """Check the origin of user and password, and whether a token of it ends soon."""
+    renews = seen.login.startswith("DYN_REDIS_CREDENTIALS")
+    data = {"user": seen.user, "from": seen.login, "ends_at": seen.login_ends_at}
+    if not seen.login:
+        if seen.is_local:
+            return Finding("login", "pass", "no password, on this machine", data=data)
+        fix = "give a user a password (dynamo-redis acl), and the processes DYN_REDIS_PASSWORD_FILE"
+        return Finding("login", "warn", "no password: the network may write to the registry", fix, data)
+    text = f"user {seen.user}, password from {seen.login}"
+    if seen.login_ends_at is None:
+        return Finding("login", "pass", text, data=data)
+    left_s = seen.login_ends_at - time.time()
+    text += f"; it is a token that ends in {human_duration(max(0.0, left_s))}"
+    if renews:
+        if left_s < _RENEWS_LATE_S:
+            fix = (
+                "let the provider give tokens that live some minutes: connections are logged in again before"
+            )
+            return Finding("login", "warn", text, fix, data)
+        return Finding("login", "pass", f"{text}, and is renewed before", data=data)
+    if left_s < _ENDS_SOON_S:
+        fix = "DYN_REDIS_CREDENTIALS renews tokens (docs/managed-redis.md)"
+        if seen.login.startswith("DYN_REDIS_PASSWORD_FILE"):
+            fix = "replace the file's content before; processes read it again. Or: " + fix
+        return Finding("login", "warn", text, fix, data)
+    return Finding("login", "pass", text, data=data)
+
+
 CHECKS: Final[tuple[Check, ...]] = (
     check_version,
     check_tls,
+    check_login,
     check_rights,
     check_registry,
     check_scripts,

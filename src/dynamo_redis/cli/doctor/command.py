@@ -77,7 +77,9 @@ async def _examine(options: Mapping[str, Any], need: dict[str, int]) -> tuple[li
     settings = load(StoreSettings, options)
     url = settings.require_url()
     try:
-        seen = await examine(url, settings.prefix, timeout_s=settings.command_timeout_s, need=need)
+        seen = await examine(
+            url, settings.prefix, timeout_s=settings.command_timeout_s, need=need, login=settings.login()
+        )
     except StoreError as exc:
         return [Finding("connection", "fail", str(exc))], False
     reached = Finding("connection", "pass", f"{seen.address}, as user {seen.user}")

@@ -16,12 +16,14 @@ from dynamo_redis.cli.doctor.providers import Provider, provider_of
 from dynamo_redis.cli.doctor.questions import Questions
 from dynamo_redis.cli.doctor.rights import missing_rights
 from dynamo_redis.cli.roles import Role
+from dynamo_redis.config import RedisLogin
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.blocking import pack
 from dynamo_redis.store.redis.certificate import TlsSession, tls_session
 from dynamo_redis.store.redis.opening import open_client
+from dynamo_redis.store.redis.present_login import present_login
 from dynamo_redis.store.redis.quorum import SentinelView, sentinel_views
 from dynamo_redis.store.scripts import Script
 
@@ -95,15 +97,18 @@ class ClusterNode:
 class Examination:
     """All that was learned about a server. A part that it did not show is None, or absent from a mapping.
 
-    `trips_s` are the durations of round trips. `clock_ahead_s` is how far the server's clock is ahead of this
-    machine's, within half of the shortest trip. `rights`: for each role the commands that the user may not
-    send.
+    `login` is the setting that the password is from, and `login_ends_at` its end, in seconds since 1970, if
+    it is known. `trips_s` are the durations of round trips. `clock_ahead_s` is how far the server's clock
+    is ahead of this machine's, within half of the shortest trip. `rights`: for each role the commands that
+    the user may not send.
     """
 
     url: str
     prefix: str
     address: str
     user: str
+    login: str = ""
+    login_ends_at: float | None = None
     provider: Provider | None = None
     info: dict[str, str] | None = None
     config: dict[str, str] = field(default_factory=dict)
@@ -153,16 +158,20 @@ class Examination:
         return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
-async def examine(url: str, prefix: str, *, timeout_s: float, need: dict[str, int]) -> Examination:
+async def examine(
+    url: str, prefix: str, *, timeout_s: float, need: dict[str, int], login: RedisLogin | None = None
+) -> Examination:
     """Examine a server. Raises StoreError if it cannot be reached, and ConfigError for a wrong URL."""
-    client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-doctor")
+    client = open_client(url, timeout_s=timeout_s, client_name="dynamo-redis-doctor", login=login)
     key = RegistryKeys(prefix).structure(f"doctor:{secrets.token_hex(8)}")
     seen = Examination(url, prefix, client.address, client.user, need=need)
     seen.provider = provider_of(urlsplit(url).hostname or "")
     questions = Questions(client.sending(), key)
     try:
         await questions.connect()
-        tls = asyncio.create_task(_see_tls(seen, timeout_s))
+        seen.user = client.user  # a provider names it at the first connection
+        seen.login, seen.login_ends_at = present_login(url, login)
+        tls = asyncio.create_task(_see_tls(seen, timeout_s, login))
         seen.sentinels = await sentinel_views(url, timeout_s)
         await _ask(questions, seen)
         await _measure(questions, seen)
@@ -303,10 +312,10 @@ async def _try_notifications(client: StoreClient, seen: Examination) -> None:
         await subscription.aclose()
 
 
-async def _see_tls(seen: Examination, timeout_s: float) -> None:
+async def _see_tls(seen: Examination, timeout_s: float, login: RedisLogin | None) -> None:
     if not seen.is_tls:
         return
     try:
-        seen.tls = await tls_session(seen.url, timeout_s)
+        seen.tls = await tls_session(seen.url, timeout_s, login)
     except StoreError as exc:
         seen.tls_error = str(exc)

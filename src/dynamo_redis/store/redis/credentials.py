@@ -131,12 +131,18 @@ class CredentialSource(OwnThread[RedisLogin]):
                 wait_s = self._pause_s()
             except RouteError:
                 wait_s = max(0.1, self._retry_at - time.monotonic())
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-            self._wake.clear()
+            while await self._is_woken(wait_s):
+                wait_s = self._pause_s()
+
+    async def _is_woken(self, wait_s: float) -> bool:
+        """Return True once there are other credentials, False after a time."""
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        self._wake.clear()
+        return True
 
     def _pause_s(self) -> float:
         """Return the time until the credentials are read again."""

@@ -22,7 +22,6 @@ from dynamo_redis.store.redis.server_errors import (
     is_cut_off,
     prepare,
     reply,
-    store_error,
 )
 from dynamo_redis.store.redis.server_state import ServerState
 
@@ -31,7 +30,8 @@ logger = logging.getLogger(__name__)
 REFUSAL_REPEATED_S: Final = 60.0
 """Shortest time between two log lines about new connections that are refused for the same reason."""
 ROTATED_REMEDY: Final = (
-    "; open connections go on until they break: change DYN_REDIS_URL and restart this process"
+    "; open connections go on until they break: change DYN_REDIS_URL and restart this process, or use"
+    " DYN_REDIS_PASSWORD_FILE, which needs no restart"
 )
 
 _refusals: Final = RateLimitedLog(logger, pause_s=REFUSAL_REPEATED_S)
@@ -51,7 +51,8 @@ class Login:
         reader = connection._reader
         server = self._server
         try:
-            await self._authenticate(connection)
+            if not await self._authenticate(connection):
+                return
             if server.names_connections:
                 await connection.send_command("CLIENT", "SETNAME", self._client_name)
                 try:
@@ -88,13 +89,14 @@ class Login:
             except redis_errors.ResponseError as exc:
                 self._check_role_unknown(exc)
 
-    async def _authenticate(self, connection: Any) -> None:
-        """Send user and password. If they are refused and there are newer ones now, send those."""
+    async def _authenticate(self, connection: Any) -> bool:
+        """Send user and password. If they are refused and there are newer ones now, connect again with those,
+        and return False: the connection is set up."""
         credentials = self._server.credentials
         connection.login_version = 0
         if credentials is None:
             await connection.on_connect()
-            return
+            return True
         await credentials.current()
         connection.login_version = version = credentials.version
         try:
@@ -102,15 +104,17 @@ class Login:
         except redis_errors.RedisError as exc:
             if not is_about_password(exc) or not await credentials.renewed(version):
                 raise
-            connection.login_version = credentials.version
-            await connection.on_connect()
+            await connection.disconnect(nowait=True)
+            await connection.connect()
+            return False
+        return True
 
-    def _authenticate_in_thread(self, connection: Any) -> None:
+    def _authenticate_in_thread(self, connection: Any) -> bool:
         """As `_authenticate`, for a thread."""
         credentials = self._server.credentials
         if credentials is None:
             connection.on_connect()
-            return
+            return True
         credentials.current_in_thread()
         version = credentials.version
         try:
@@ -118,7 +122,10 @@ class Login:
         except redis_errors.RedisError as exc:
             if not is_about_password(exc) or not credentials.renewed_in_thread(version):
                 raise
-            connection.on_connect()
+            connection.disconnect()
+            connection.connect()
+            return False
+        return True
 
     async def renew(self, connection: Any) -> None:
         """Log an open connection of the pool in again if user or password have changed. Raises one of
@@ -131,18 +138,19 @@ class Login:
         connection.login_version = version
         try:
             await connection.send_command("AUTH", *self._server.login_words, check_health=False)
-            await connection.read_response()
-        except redis_errors.ResponseError as exc:
+            await connection.read_response(disconnect_on_error=False)
+        except BaseException as exc:
+            if reply(exc) is None:
+                drop(connection)  # the answer would be left unread
+                raise
             self._server.note_refusal(exc)
-        except BaseException:
-            drop(connection)  # the answer would be left unread
-            raise
 
     def log_in_from_thread(self, connection: Any) -> None:
         """As `log_in`, for a thread; it is never the first connection to a server."""
         prepare(connection)
         try:
-            self._authenticate_in_thread(connection)
+            if not self._authenticate_in_thread(connection):
+                return
             if self._server.names_connections:
                 connection.send_command("CLIENT", "SETNAME", self._client_name)
                 try:
@@ -186,6 +194,7 @@ class Login:
         Open connections may work for long and hide the refusal. Safe from any thread."""
         if not self._server.has_logged_in or reply(exc) is None:
             return
-        text = str(store_error(exc, self._server.address))
-        remedy = ROTATED_REMEDY if is_about_password(exc) else ""
+        text = str(self._server.error(exc))
+        is_fixed = self._server.credentials is None
+        remedy = ROTATED_REMEDY if is_fixed and is_about_password(exc) else ""
         _refusals.log("a new connection is refused: %s%s", text, remedy, kind=text)

@@ -15,7 +15,7 @@ from redis import exceptions as redis_errors
 from dynamo_redis.errors import StoreError, StoreUnavailable
 from dynamo_redis.store.redis.blocking import Argument
 from dynamo_redis.store.redis.pool import with_raw_replies
-from dynamo_redis.store.redis.server_errors import FAILURES
+from dynamo_redis.store.redis.server_errors import FAILURES, reply
 from dynamo_redis.store.redis.server_state import ServerState
 from dynamo_redis.store.scripts import Script
 
@@ -125,10 +125,16 @@ class SyncConnection:
         version = self._server.login_version
         if self._login_version == version:
             return
+        connection: Any = self._pool.get_connection()
         try:
-            self._redis.execute_command("AUTH", *self._server.login_words)
-        except redis_errors.ResponseError as exc:
+            connection.send_command("AUTH", *self._server.login_words, check_health=False)
+            connection.read_response(disconnect_on_error=False)
+        except redis_errors.RedisError as exc:
+            if reply(exc) is None:
+                raise
             self._server.note_refusal(exc)
+        finally:
+            self._pool.release(connection)
         self._login_version = version
 
     def connect(self) -> None:
