@@ -99,7 +99,10 @@ async def _collect(
 async def _open_collector(options: Mapping[str, Any], grace_s: float) -> AsyncIterator[Collector]:
     settings = load(StoreSettings, options)
     client = open_client(
-        settings.require_url(), timeout_s=settings.command_timeout_s, client_name="dynamo-redis-gc"
+        settings.require_url(),
+        timeout_s=settings.command_timeout_s,
+        client_name="dynamo-redis-gc",
+        login=settings.login(),
     )
     try:
         yield Collector(client, settings.prefix, Buckets(MODEL_BUCKET, SNAPSHOT_BUCKET), grace_s=grace_s)

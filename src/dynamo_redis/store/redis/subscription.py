@@ -10,7 +10,7 @@ from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.redis.deadline import Deadline
-from dynamo_redis.store.redis.server_errors import FAILURES, drop
+from dynamo_redis.store.redis.server_errors import FAILURES, drop, reply
 from dynamo_redis.store.redis.server_state import ServerState
 
 
@@ -62,15 +62,21 @@ class ChannelSubscription:
             drop(new)
             if not isinstance(exc, FAILURES):
                 raise
-            self._server.note_refusal(exc)
+            if reply(exc) is None:
+                self._login_version = -1  # no answer: tried again
+            else:
+                self._server.note_refusal(exc)
             return
         self._connection = new
         self._login_version = new.login_version
         try:
             async with Deadline(self._timeout_s):
                 await old.send_command("PING", check_health=False)
-                while (reply := await old.read_response())[0] != b"pong":
-                    self._received.append(reply)
+                while (message := await old.read_response())[0] != b"pong":
+                    self._received.append(message)
+        except BaseException:
+            drop(new)  # messages may be lost: the next call says so
+            raise
         finally:
             drop(old)
 
@@ -89,14 +95,14 @@ class ChannelSubscription:
             if self._login_version != self._server.login_version:
                 await self._replace()
             if self._received:
-                reply = self._received.popleft()
+                message = self._received.popleft()
             else:
-                reply = await self._connection.read_response(timeout=timeout_s)
-            if reply is None:
+                message = await self._connection.read_response(timeout=timeout_s)
+            if message is None:
                 try:
                     async with Deadline(self._timeout_s):
                         await self._connection.send_command("PING", check_health=False)
-                        reply = await self._connection.read_response()
+                        message = await self._connection.read_response()
                 except redis_errors.ResponseError as exc:
                     if "MISCONF" not in str(self._server.error(exc)):
                         raise
@@ -104,8 +110,8 @@ class ChannelSubscription:
         except FAILURES as exc:
             await self.aclose()
             raise self._server.error(exc) from exc
-        kind, *_ = reply
-        return (reply[-2], reply[-1]) if kind in (b"message", b"pmessage") else None
+        kind, *_ = message
+        return (message[-2], message[-1]) if kind in (b"message", b"pmessage") else None
 
     def abort(self) -> None:
         """Close the connection, so that `next_message` raises. For the event loop."""

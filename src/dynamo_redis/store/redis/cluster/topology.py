@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
+from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -32,6 +33,7 @@ from dynamo_redis.store.redis.server_errors import (
     RouteError,
     drop,
     drop_upon_failures,
+    is_about_password,
     one_line,
     prepare,
     reply,
@@ -264,9 +266,19 @@ class Topology(OwnThread[ServerUrl]):
                 drop(connection)
 
     def _options(self, at: Address) -> dict[str, Any]:
+        source = self._url.credentials()
+        if source is not None:
+            source.release()  # the clients of this process hold it
+
         async def log_in(connection: Any) -> None:
             prepare(connection)
-            await connection.on_connect()
+            version = 0 if source is None else source.version
+            try:
+                await connection.on_connect()
+            except redis_errors.RedisError as exc:
+                if source is not None and is_about_password(exc):
+                    await source.renewed(version)  # for the next attempt
+                raise
 
         return self._url.options() | {
             "host": at[0],
@@ -327,6 +339,8 @@ class Topology(OwnThread[ServerUrl]):
                     f"Redis at {where} is no cluster: write redis:// in DYN_REDIS_URL", refused=True
                 )
             is_passing = text.startswith(("LOADING", "CLUSTERDOWN", "BUSY"))
+            login = self._url.login
+            is_passing |= login is not None and login.changes and is_about_password(refused)
             return RouteError(
                 f"the cluster {where} refuses to tell its nodes: {text}", refused=not is_passing
             )
