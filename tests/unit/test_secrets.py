@@ -27,6 +27,7 @@ ENGINE_URL = f"http://user:{PASSWORD}@127.0.0.1:8001/v1"
 
 HOLDS_SECRETS = re.compile(r"secret|password|api_key|^env$|redis_url|^value$")
 HARMLESS = {
+    "RedisLogin.password_file",  # a path
     "ShownValue.value",  # it is made for showing; `show_value` masks the secret
     "_Stored.value",  # a LockedValue, which hides its bytes
     "_Value.value",  # the load of a rank

@@ -1,4 +1,4 @@
-"""What managed services refuse, all at once: commands, notifications, RESP3, idle connections."""
+"""The limits of managed services, all at once: commands, notifications, RESP3, idle connections."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SENT = (
     "HELLO 3",
 )
 IDLE_S = 2
-SETTINGS = {
+SETTINGS: dict[str, str | tuple[str, ...]] = {
     "timeout": str(IDLE_S),
     "maxmemory": "256mb",
     "maxmemory-policy": "volatile-lru",

@@ -16,6 +16,7 @@ from redis.credentials import CredentialProvider, StreamingCredentialProvider
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import ConfigError, StoreUnavailable
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.redis import credential_origins, credentials
 from dynamo_redis.store.redis.base import StoreClient
 from dynamo_redis.store.redis.blocking import pack
@@ -33,7 +34,7 @@ Open = Callable[..., StoreClient]
 
 
 class Tokens:
-    """What the providers of these tests give, and how often they were asked."""
+    """Answers of the providers of these tests, and how often they were asked."""
 
     answers: Callable[[], Any]
     count = 0
@@ -401,11 +402,14 @@ async def test_tokens_of_entra_id_are_renewed(admin: RedisClient, opened: Open) 
     entra = pytest.importorskip("redis_entraid.cred_provider")
     manager = pytest.importorskip("redis.auth.token_manager")
     numbers = itertools.count()
+    loops: set[asyncio.AbstractEventLoop] = set()
 
     class Issuer:
         token: SimpleToken | None = None
 
         def request_token(self, force_refresh: bool = False) -> SimpleToken:
+            if force_refresh:
+                loops.add(asyncio.get_running_loop())
             if force_refresh or self.token is None or self.token.is_expired():
                 now_ms = time.time() * 1e3
                 value = f"token-{next(numbers)}-Hunter2pass"
@@ -422,6 +426,8 @@ async def test_tokens_of_entra_id_are_renewed(admin: RedisClient, opened: Open) 
         await until(lambda: _is(version_of(kinds.client) >= version))  # noqa: B023 - called in this round
         await kinds.use()
     await kinds.aclose()
+    for loop in loops:  # its thread lives as long as the process
+        loop.call_soon_threadsafe(loop.stop)
 
 
 def _raises() -> Any:
@@ -453,7 +459,7 @@ async def test_failing_provider_is_told_once_and_asked_again(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(credentials, "ASK_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(credentials, "_log", credentials.RateLimitedLog(credentials.logger, pause_s=60.0))
+    monkeypatch.setattr(credentials, "_log", RateLimitedLog(credentials.logger, pause_s=60.0))
     Tokens.give(answers)
     client = opened(redis_credentials=hook("provider"))
     with pytest.raises(StoreUnavailable, match=says):

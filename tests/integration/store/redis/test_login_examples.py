@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import http.server
+import importlib
 import json
 import threading
 import time
@@ -76,8 +77,7 @@ async def test_token_of_aws_is_signed(
         "REDIS_IAM_SERVERLESS": serverless,
     }.items():
         monkeypatch.setenv(name, value)
-    import aws_iam_login
-
+    aws_iam_login: Any = importlib.import_module("aws_iam_login")
     user, token, end = aws_iam_login.token()
     pieces = urlsplit(f"http://{token}")
     query = parse_qsl(pieces.query)
@@ -121,8 +121,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def test_token_of_google_is_taken(metadata: None, own_redis_server: EmbeddedServer) -> None:
-    import gcp_iam_login
-
+    gcp_iam_login: Any = importlib.import_module("gcp_iam_login")
     user, token, end = gcp_iam_login.token()
     assert (user, token) == ("default", "ya29.x")
     assert 3500 < end - time.time() < 3600
