@@ -4,6 +4,7 @@ H1  time until the registry takes writes again after a Sentinel has named the ne
 H2  chats that fail meanwhile; keys that are missing, extra, or shown and not there
 H3  time until the registry takes writes again after the replica of a cluster's dead master has taken over
 H4  chats that fail, and watch events that are lost, while slots of a cluster move (`cluster_faults`)
+H5  routing decisions made blind while two routers restart one after the other (`router_restarts`)
 H6  `dynamo-redis doctor` on a healthy server, the whole command (`doctor`)
 
 The worst of all rounds counts: a median would hide a bad one. `--rounds` should be 10 or more; each round has
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from benchmarks.ha.cluster_faults import master_kills, slot_moves
 from benchmarks.ha.doctor import doctor_runs
+from benchmarks.ha.router_restarts import router_restarts
 from benchmarks.ha.sentinel_kill import sentinel_kills
 from benchmarks.harness.suite import Bounds, Groups, run_suite
 
@@ -26,6 +28,14 @@ BOUNDS: Bounds = {
         0.5,
     ),
     "H4": ("cluster, slots moved under load: chats failed; watch events lost", [0, 0], [0, 0]),
+    "H5": (
+        (
+            "routing decisions made blind (no index for a worker that lives) of 2,000 while both routers"
+            " restart one after the other"
+        ),
+        12,
+        0,
+    ),
     "H6": ("`doctor` on a healthy server, s", 2.0, 0.5),
 }
 """Text, bound (`must`) and aim of each row."""
@@ -34,6 +44,7 @@ GROUPS: Groups = (
     (("H1", "H2"), sentinel_kills),
     (("H3",), master_kills),
     (("H4",), slot_moves),
+    (("H5",), router_restarts),
     (("H6",), doctor_runs),
 )
 """The rows of each measurement."""

@@ -30,6 +30,7 @@ class Router(Protocol):
     @property
     def block_size(self) -> int: ...
     def state(self) -> RouterState: ...
+    def is_blind(self) -> bool: ...
     async def best_worker(
         self, token_ids: Sequence[int], *, lora_name: str | None, request: Mapping[str, Any]
     ) -> WorkerChoice: ...
@@ -65,7 +66,7 @@ async def serve_answers(runtime: DistributedRuntime, router: Router) -> list[Ser
     async def best_worker(request: Any) -> Any:
         token_ids = token_ids_of(request)
         choice = await router.best_worker(token_ids, lora_name=request.get("lora_name"), request=request)
-        return describe_choice(choice, router.block_size)
+        return describe_choice(choice, router)
 
     served = []
     try:
@@ -81,13 +82,15 @@ async def serve_answers(runtime: DistributedRuntime, router: Router) -> list[Ser
     return served
 
 
-def describe_choice(choice: WorkerChoice, block_size: int) -> dict[str, Any]:
-    """Return a choice as it is sent and printed: ids, blocks that match, and the cost of each worker."""
+def describe_choice(choice: WorkerChoice, router: Router) -> dict[str, Any]:
+    """Return a choice that was made just now, as it is sent and printed: ids, blocks that match, whether the
+    blocks of a listed worker are not known (`blind`), and the cost of each worker."""
     return {
         "instance_id": choice.worker.instance_id,
         "dp_rank": choice.worker.dp_rank,
         "overlap_blocks": choice.matched.device,
-        "block_size": block_size,
+        "block_size": router.block_size,
+        "blind": router.is_blind(),
         "cost": choice.cost,
         "costs": [
             {

@@ -359,6 +359,10 @@ class KvRouter:
         asked = {**(request or {}), "token_ids": token_ids, "lora_name": lora_name}
         return self.chooser.explain(self._routing(asked, None, None))
 
+    def is_blind(self) -> bool:
+        """Return whether it chooses now without the blocks of a listed worker; False if it follows none."""
+        return self.indexer is not None and not self.indexer.is_whole()
+
     @asynccontextmanager
     async def reserve(self, request: Any, context: Context | None = None) -> AsyncIterator[WorkerChoice]:
         """Choose a worker for a request that another process sends. It is booked while the block runs, and no
@@ -384,6 +388,7 @@ class KvRouter:
             raise
         expected_count = choice.matched.device * self.block_size
         self.counts.request_count += 1
+        self.counts.blind_count += self.is_blind()
         self._hit_rates.add(min(expected_count / max(routing.token_count, 1), 1.0))
         if span is not None:
             span.set(

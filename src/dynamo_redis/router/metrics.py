@@ -44,6 +44,9 @@ def router_families(state: RouterState, hit_rates: HistogramReading) -> list[Fam
         Family("dynamo_component_router_requests_total", "counter", "Choices of a worker; retries count").add(
             state.counts.request_count, labels
         ),
+        _family(
+            "blind_choices_total", "counter", "Choices for which the blocks of a listed worker were not known"
+        ).add(state.counts.blind_count, labels),
         _family("active_requests", "gauge", "Requests under way").add(state.active_count, labels),
         _family("waiting_requests", "gauge", "Requests that wait while all workers are busy").add(
             state.waiting_count, labels

@@ -37,6 +37,8 @@ class Counts:
 
     request_count: int = 0
     """Requests for which it chose a worker; retries count."""
+    blind_count: int = 0
+    """Those of them for which the blocks of a listed worker were not known."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that the workers had in their caches, by their own reports."""

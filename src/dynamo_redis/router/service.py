@@ -110,10 +110,10 @@ class RouterService:
         token_ids = token_ids_of(request)
         if not request.get("hold"):
             choice = await self._router.best_worker(token_ids, request=request)
-            yield describe_choice(choice, self._router.block_size)
+            yield describe_choice(choice, self._router)
             return
         async with self._router.reserve(request, context) as choice:
-            yield describe_choice(choice, self._router.block_size)
+            yield describe_choice(choice, self._router)
             await context.async_killed_or_stopped()
 
 

@@ -37,6 +37,7 @@ async def test_router_shows_state_and_explains_a_choice(deployment: Deployment, 
     answer = json.loads(explained.out)
     assert (answer["instance_id"], answer["dp_rank"]) == (held_by.instance_id, held_by.dp_rank)
     assert (answer["token_count"], answer["overlap_blocks"]) == (160, 10)
+    assert answer["blind"] is False
     costs = {cost["dp_rank"]: cost["cost"] for cost in answer["costs"]}
     assert costs == {held_by.dp_rank: 10, 1 - held_by.dp_rank: 20}
 

@@ -76,6 +76,21 @@ async def test_silent_worker_delays_no_other_ask(
     await wait_until(lambda: indexed_blocks(router) == other.truth(), "the other has answered")
 
 
+async def test_index_lacks_a_silent_worker(deployed: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "ANSWER_S", 0.1)
+    monkeypatch.setattr(recovery, "ASK_ALL_PAUSE_S", 0.0)
+    worker, _ = [await deployed.worker() for _ in range(2)]
+    deployed.chat(10)
+    router = await deployed.router()
+    assert router.is_whole()  # at once: a router that serves has asked all workers
+    worker.is_answering = False
+    router.note_possible_loss()
+    await wait_until(lambda: not router.is_whole(), "the blocks of a silent worker were dropped")
+    worker.is_answering = True
+    await wait_until(router.is_whole, "it has answered")
+    await deployed.wait_until_equal()
+
+
 async def test_worker_of_another_event_plane_holds_nothing(
     deployed: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:

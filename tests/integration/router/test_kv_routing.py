@@ -48,6 +48,19 @@ def knows(router: KvRouter, *, blocks: int = 10) -> bool:
     return sum(router.indexer.index.block_counts().values()) >= blocks
 
 
+async def test_blind_choices_are_counted(deployment: Deployment) -> None:
+    worker = await deployment.worker()
+    router, _ = await deployment.router()
+    assert router.indexer is not None
+    async with await ask(router) as call:
+        assert [item async for item in call]
+    assert (router.counts.request_count, router.counts.blind_count) == (1, 0)
+    router.indexer._ledger.lose(worker.instance_id)  # as after an ask without an answer
+    async with await ask(router) as call:
+        assert [item async for item in call]
+    assert (router.counts.request_count, router.counts.blind_count) == (2, 1)
+
+
 async def test_prefix_is_read_by_one_worker_only(deployment: Deployment) -> None:
     workers = [await deployment.worker() for _ in range(2)]
     frontend = await deployment.frontend()

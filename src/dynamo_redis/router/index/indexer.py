@@ -124,6 +124,7 @@ class Indexer:
         """The shards whose earlier events have not been read yet."""
         self._has_caught_up = asyncio.Event()
         self._lag: _Lag = (None, None)
+        self._whole_among: tuple[set[int], int, bool] = (set(), -1, False)
         self._supervisor = Supervisor(log, f"index of {self._stream.path}")
         self._gaps_count = 0
         self._unreadable_count = 0
@@ -216,6 +217,20 @@ class Indexer:
     def find(self, hashes: Sequence[int]) -> dict[Worker, Matched]:
         """As `KvIndex.find`."""
         return self._ledger.index.find(hashes)
+
+    def is_whole(self) -> bool:
+        """Return whether the earlier events have been read, and the blocks of each listed worker are known.
+
+        Cheap enough for each choice: the workers are compared only after a change.
+        """
+        if self._client is None or not self._has_caught_up.is_set():
+            return False
+        listed, version = self._members.listed, self._ledger.whole_version
+        seen, seen_version, is_whole = self._whole_among
+        if listed is not seen or version != seen_version:
+            is_whole = listed <= self._ledger.whole
+            self._whole_among = listed, version, is_whole
+        return is_whole
 
     def state(self) -> IndexerState:
         """Return the present state, for `router-state` and metrics."""

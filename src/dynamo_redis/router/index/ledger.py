@@ -115,6 +115,10 @@ class Ledger:
         self.index = index
         self.applied_count = 0
         self.repeated_count = 0
+        self.whole: set[int] = set()
+        """Instances of which all blocks were known once, and have not been dropped since. Only read it."""
+        self.whole_version = 0
+        """Another number after each change of `whole`."""
         self._instances: dict[int, _Instance] = {}
 
     # ----------------------------------------------------------------- what is known
@@ -166,6 +170,7 @@ class Ledger:
         elif rank.epoch != epoch:
             # The process was started anew, with all of its ranks: its answer will have their sequences.
             self.index.remove(worker)
+            self._note_whole(instance_id, is_whole=False)
             rank.restart(epoch)
             known.standing = Standing.LOST
             return Outcome.MISSING
@@ -210,6 +215,7 @@ class Ledger:
         if known is not None:
             known.standing = Standing.LOST
             known.release()
+            self._note_whole(instance_id, is_whole=False)
             for dp_rank, rank in known.ranks.items():
                 self.index.remove(Worker(instance_id, dp_rank))
                 rank.next_sequence = None
@@ -222,8 +228,16 @@ class Ledger:
         """Forget an instance that has left, with its blocks."""
         known = self._instances.pop(instance_id, None)
         if known is not None:
+            self._note_whole(instance_id, is_whole=False)
             for dp_rank in known.ranks:
                 self.index.remove(Worker(instance_id, dp_rank))
+
+    def _note_whole(self, instance_id: int, *, is_whole: bool) -> None:
+        if is_whole:
+            self.whole.add(instance_id)
+        else:
+            self.whole.discard(instance_id)
+        self.whole_version += 1
 
     # ----------------------------------------------------------------- snapshots
 
@@ -239,6 +253,8 @@ class Ledger:
             known_instance = self._instances.get(worker.instance_id)
             if known_instance is None or worker.dp_rank not in known_instance.ranks:
                 index.remove(worker)
+        self.whole = set(self._instances)
+        self.whole_version += 1
 
 
 class DumpReader:
@@ -290,6 +306,7 @@ class DumpReader:
         rank = self._known.ranks.setdefault(dp_rank, _Rank())
         self._worker = Worker(self.instance_id, dp_rank)
         if kind == "dump":
+            self._ledger._note_whole(self.instance_id, is_whole=False)
             self._ledger.index.remove(self._worker)
             rank.restart(epoch)
         elif rank.epoch != epoch or rank.next_sequence is None:
@@ -308,6 +325,7 @@ class DumpReader:
             self._ledger.index.remove(Worker(self.instance_id, dp_rank))
             known.ranks[dp_rank].restart(None)
         known.standing = Standing.LOST if known.overflowed else Standing.EXACT
+        self._ledger._note_whole(self.instance_id, is_whole=True)
         for batch in known.release():
             if known.standing is Standing.EXACT:
                 self._ledger._apply_to(known, batch)

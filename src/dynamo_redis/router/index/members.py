@@ -32,7 +32,8 @@ class Members:
         self._ledger = ledger
         self._recovery = recovery
         self._client = client
-        self._listed: set[int] = set()
+        self.listed: set[int] = set()
+        """The instances that count now. Another object after each look at the view."""
         self._started_at: dict[int, float] = {}
         self._unlisted_at: dict[int, float] = {}
         self._has_caught_up = False
@@ -55,12 +56,12 @@ class Members:
         on ask listed instances that are not known exactly."""
         self._has_caught_up = True
         self._compare()
-        for instance_id in set(self._ledger.instance_ids()) - self._listed:
+        for instance_id in set(self._ledger.instance_ids()) - self.listed:
             self._forget(instance_id)
 
     def recover(self, instance_id: int) -> None:
         """Ask an instance of which events are missing; drop its blocks if it is not listed."""
-        if instance_id in self._listed:
+        if instance_id in self.listed:
             self._recovery.ask(instance_id)
         else:
             self._ledger.lose(instance_id)
@@ -75,9 +76,9 @@ class Members:
         """Compare the listed instances with the known ones: forget those that left, ask those that were
         started anew or are not known exactly, and forget those that have not been listed for too long."""
         listed = set(self._client.known_ids())
-        for instance_id in self._listed - listed:
+        for instance_id in self.listed - listed:
             self._forget(instance_id)
-        self._listed = listed
+        self.listed = listed
         for instance in self._client.instances():
             before = self._started_at.setdefault(instance.instance_id, instance.started_at)
             if before != instance.started_at:
@@ -85,11 +86,11 @@ class Members:
                 self._recovery.ask(instance.instance_id)
         if self._has_caught_up:
             asking = set(self._recovery.asking())
-            for instance_id in self._listed - asking:
+            for instance_id in self.listed - asking:
                 if self._ledger.standing(instance_id) is not Standing.EXACT:
                     self._recovery.ask(instance_id)
         now = time.monotonic()
-        unlisted = set(self._ledger.instance_ids()) - self._listed
+        unlisted = set(self._ledger.instance_ids()) - self.listed
         self._unlisted_at = {i: self._unlisted_at.get(i, now) for i in unlisted}
         if self._has_caught_up:
             for instance_id, since in tuple(self._unlisted_at.items()):
