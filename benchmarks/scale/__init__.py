@@ -1,0 +1,1 @@
+"""Suite `scale`: one Redis under a thousand workers and eight routers."""
