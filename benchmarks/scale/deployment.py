@@ -62,9 +62,7 @@ class ServerCounts:
         at, answers = time.monotonic(), asyncio.run(ask_all())
 
         def total(name: str, *instead: str) -> float:
-            return sum(
-                one[name] if name in one else sum(one[other] for other in instead) for one in answers
-            )
+            return sum(one[name] if name in one else sum(one[other] for other in instead) for one in answers)
 
         return cls(
             at,
@@ -83,11 +81,20 @@ class ServerCounts:
 class Deployment:
     """Simulated workers and deaf routers, and one timed router if it is wanted."""
 
-    def __init__(self, workers: list[Driver], routers: list[Driver], timed: Driver | None, size: Size) -> None:
+    def __init__(
+        self,
+        workers: list[Driver],
+        routers: list[Driver],
+        timed: Driver | None,
+        size: Size,
+        *,
+        listed_count: int,
+    ) -> None:
         self._workers = workers
         self._routers = routers
         self.timed = timed
         self.size = size
+        self._listed_count = listed_count
 
     @property
     def processes_count(self) -> int:
@@ -99,7 +106,7 @@ class Deployment:
         began = time.monotonic()
         routers = [*self._routers, *([self.timed] if self.timed else [])]
         for router in routers:
-            router.send(f"start {self.size.workers}")
+            router.send(f"start {self._listed_count}")
         self._tell(self._workers, "start")
         for router in routers:
             router.answer()
@@ -119,6 +126,10 @@ class Deployment:
     def tell_workers(self, line: str) -> None:
         """Send a line to the processes of the workers."""
         self._tell(self._workers, line)
+
+    def tell(self, line: str, router: Driver) -> None:
+        """Send a line to a process of routers."""
+        self._tell([router], line)
 
     def worker_counts(self) -> list[dict[str, Any]]:
         """Return the counts of each process of workers."""
@@ -150,7 +161,7 @@ class Deployment:
 
 @contextmanager
 def deployment(
-    url: str, size: Size = FULL, *, is_light: bool = False, is_timed: bool = False, shards: int = 1
+    url: str, size: Size = FULL, *, kind: str = "light", is_timed: bool = False, shards: int = 1
 ) -> Iterator[Deployment]:
     """Run the processes of a deployment until the block ends. Its workers are not started yet."""
     environment = {"DYN_REDIS_URL": url, "DYN_REDIS_PREFIX": PREFIX, "DYN_EVENT_SHARDS": str(shards)}
@@ -165,11 +176,11 @@ def deployment(
         timed = run("routers", 1, "timed") if is_timed else None
         first, workers = 0, []
         for count in shares(size.workers, size.worker_processes):
-            workers.append(run("workers", first, count, "light" if is_light else "usual"))
+            workers.append(run("workers", first, count, size.workers, kind))
             first += count
         for one in (*routers, *([timed] if timed else []), *workers):
             one.answer()
-        yield Deployment(workers, routers, timed, size)
+        yield Deployment(workers, routers, timed, size, listed_count=0 if kind == "bare" else size.workers)
 
 
 def shares(count: int, parts: int) -> list[int]:

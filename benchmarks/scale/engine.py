@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from dynamo_redis.engines.base import Engine, EngineCapacity, EngineLoad
-from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
@@ -65,9 +64,15 @@ class SimulatedEngine(Engine):
     def follow(self, publishers: Sequence[KvPublisher]) -> None:
         (self.rank,) = publishers
 
+    async def start(self) -> None:
+        """It has nothing to load."""
+
+    async def aclose(self) -> None:
+        """It holds nothing."""
+
     async def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[GenerateItem]:
-        raise InvalidRequest("a simulated engine answers nothing")
-        yield  # an async generator
+        """Answer with one token: nobody asks."""
+        yield {"token_ids": [0], "finish_reason": "stop"}
 
     def loads(self) -> Sequence[EngineLoad]:
         return (EngineLoad(0, self._running_count, 0, min(self._held_count, TOTAL_BLOCKS), TOTAL_BLOCKS),)

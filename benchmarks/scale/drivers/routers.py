@@ -1,4 +1,4 @@
-"""A process with some routers of the simulated workers: `python -m benchmarks.scale.drivers.routers COUNT KIND`.
+"""A process with routers of the simulated workers: `python -m benchmarks.scale.drivers.routers COUNT KIND`.
 
 KIND is `timed` for routers as they are, or `deaf` for routers that send and receive all that routers do, and
 apply nothing of it: so that one machine carries several. Events of deaf ones go through a `LightClient`.
@@ -8,8 +8,8 @@ It prints `ready`, and answers each line:
     start N       `started`, once all of its routers list N workers
     chats RATE    `running`: each router books RATE chats a second
     timed         from now on the time is kept at which each block came into the index
-    counts        JSON: chats, blocks in the index, events applied, gaps, CPU (s), times of choices (µs: p50, p99),
-                  and with `timed` the times in ns by block
+    counts        JSON: chats, blocks in the index, events applied, gaps, CPU (s), times of choices (µs: p50,
+                  p99), and with `timed` the times in ns by block
 """
 
 from __future__ import annotations
@@ -140,12 +140,18 @@ def timed_chats(router: KvRouter, number: int) -> Begin:
     rng = random.Random(number)
     shared = [rng.choices(range(1 << 17), k=BLOCK_TOKENS * PROMPT_BLOCKS * 3 // 8) for _ in range(64)]
     rest = len(shared[0])
+    ending: set[asyncio.Future[bool | None]] = set()
 
     async def begin() -> Callable[[], None]:
         own = rng.choices(range(1 << 17), k=BLOCK_TOKENS * PROMPT_BLOCKS - rest)
         reservation = router.reserve({"token_ids": rng.choice(shared) + own})
         await reservation.__aenter__()
-        return lambda: asyncio.ensure_future(reservation.__aexit__(None, None, None)) and None
+
+        def end() -> None:
+            ending.add(task := asyncio.ensure_future(reservation.__aexit__(None, None, None)))
+            task.add_done_callback(ending.discard)
+
+        return end
 
     return begin
 
@@ -192,7 +198,7 @@ async def main(count: int, kind: str) -> None:
                 case "start":
                     while any(len(router.instance_ids()) < int(values[0]) for router in routers):
                         await asyncio.sleep(POLL_S)
-                    worker_ids = routers[0].instance_ids()
+                    worker_ids = routers[0].instance_ids() or range(1, 1001)
                     for number, router in enumerate(routers):
                         begin = (
                             deaf_chats(_SYNCS[number], worker_ids, number)
@@ -208,6 +214,7 @@ async def main(count: int, kind: str) -> None:
                     print("running", flush=True)
                 case "timed":
                     TimedIndex.wanted = True
+                    _SEEN.clear()
                     print("timed", flush=True)
                 case "counts":
                     print(json.dumps(counts(routers, chats)), flush=True)
