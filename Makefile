@@ -9,7 +9,7 @@ RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.installed-for-docs
 
-.PHONY: up test check format proto docs bench flame replay soak faults fuzz audit clean help
+.PHONY: up test check format proto docs bench flame scale replay soak faults fuzz audit clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -65,6 +65,9 @@ bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
 
 flame: $(STAMP)  ## a flame graph of the frontend under load, and where its time goes (ARGS="--seconds 20")
 	$(BIN)/python -m benchmarks.frontend.flame $(ARGS)
+
+scale: $(STAMP)  ## a thousand simulated workers on one Redis (ARGS="--rows L1,L6 --rounds 3")
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 replay: $(STAMP) ## a real trace through workers and routers (TRACE=file, ARGS="--requests 2000 --modes kv,rr")
 	@$(BIN)/python -m benchmarks.replay $(if $(TRACE),--trace $(TRACE)) $(ARGS)

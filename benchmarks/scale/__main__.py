@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from benchmarks.harness.suite import Bounds, Groups, run_suite
 from benchmarks.scale.engine import ANSWER_TOKENS, BLOCK_TOKENS, PROMPT_BLOCKS
-from benchmarks.scale.rows import one_router, shards, whole
+from benchmarks.scale.rows import applied, lag, routed, shards, whole
 
 BOUNDS: Bounds = {
     "L1": (
@@ -69,7 +69,9 @@ BOUNDS: Bounds = {
 
 GROUPS: Groups = (
     (("L8", "L6", "L1", "L3"), whole),
-    (("L2", "L7", "L4"), one_router),
+    (("L2",), lag),
+    (("L7",), routed),
+    (("L4",), applied),
     (("L5",), shards),
 )
 """The rows of each measurement."""

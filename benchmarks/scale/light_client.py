@@ -37,3 +37,7 @@ class LightClient(RedisClient):
             answers = await self._line.execute_all([pack("MULTI"), *packed, pack("EXEC")], block_s=0.0)
         found: list[Any] = answers[-1]
         return found
+
+    async def aclose(self) -> None:
+        await self._line.aclose()
+        await super().aclose()

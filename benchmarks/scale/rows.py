@@ -11,13 +11,14 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 
-from benchmarks.harness.processes import redis_server
+from benchmarks.harness.processes import Driver, redis_server
 from benchmarks.harness.report import Measured, median
 from benchmarks.scale.deployment import FULL, PREFIX, Deployment, ServerCounts, Size, deployment
 from benchmarks.scale.drivers.workers import ENDPOINT
@@ -30,8 +31,8 @@ from dynamo_redis.wire.topics import KV_EVENTS
 
 CHATS_PER_S: Final = 2000.0
 FEW_CHATS_PER_S: Final = 300.0
-ROUTED_PER_S: Final = 400.0
-BURST_CHATS: Final = 4
+ROUTED_PER_S: Final = 300.0
+BURST_CHATS: Final = 15
 WINDOW_S: Final = 5.0
 SETTLE_S: Final = 12.0
 """Time from a start until leases, readers and publishers are as they stay."""
@@ -40,6 +41,8 @@ WARM_S: Final = 5.0
 LEAST_RATE: Final = 0.97
 """A window counts if this part of its chats has begun: else this machine was at its end, and not Redis."""
 APPLIED_S: Final = 60.0
+UNDER_WAY_S: Final = 2.0
+"""Time in which the last events of a window come."""
 SAMPLE_ENTRIES: Final = 4000
 
 
@@ -122,57 +125,71 @@ def whole(rounds: int, size: Size = FULL, rate: float = CHATS_PER_S) -> dict[str
     }
 
 
-def one_router(rounds: int, size: Size = FULL) -> dict[str, Measured]:
-    """Measure L2, L7 and L4: a router of the product, timed, beside a deaf one."""
-    lags_ms, chats, parts = [], [], []
+@contextmanager
+def _one_router(size: Size) -> Iterator[tuple[Deployment, Driver, str]]:
+    """Run a router of the product, timed, beside a deaf one; yield its driver, and the server's URL."""
     beside = Size(size.workers, size.worker_processes, 1, 1)
     with redis_server() as server, deployment(server.url, beside, kind="light", is_timed=True) as deployed:
         assert deployed.timed is not None
         deployed.start()
         time.sleep(SETTLE_S)
+        yield deployed, deployed.timed, server.url
+
+
+def lag(rounds: int, size: Size = FULL, rate: float = FEW_CHATS_PER_S) -> dict[str, Measured]:
+    """Measure L2."""
+    lags_ms = []
+    with _one_router(size) as (deployed, timed, _):
+        deployed.tell_workers(f"chats {rate / size.worker_processes}")
+        time.sleep(WARM_S)
         for number in range(rounds):
-            chats.append(_routed(deployed))
-            print(f"L7 round {number + 1}: {chats[-1]:.0f} chats a second of CPU", flush=True)
-        deployed.rest()
-        for number in range(rounds):
-            parts.append(_applied(deployed, server.url))
-            print(
-                f"L4 round {number + 1}: {parts[-1][0]:.0f} blocks/s, msgpack {parts[-1][1]:.0f}", flush=True
-            )
-        deployed.tell_workers("timed")
-        deployed.tell("timed", deployed.timed)
-        deployed.tell_workers(f"chats {FEW_CHATS_PER_S / size.worker_processes}")
-        for number in range(rounds):
+            deployed.tell_workers("timed")
+            deployed.tell("timed", timed)
             time.sleep(WINDOW_S)
             lags_ms.append(_lag_ms(deployed))
             print(f"L2 round {number + 1}: p99 {lags_ms[-1]:.1f} ms", flush=True)
-    return {
-        "L2": Measured.alone(lags_ms),
-        "L7": Measured.alone(chats),
-        "L4": Measured.against(*map(list, zip(*parts, strict=True))),
-    }
+    return {"L2": Measured.alone(lags_ms)}
 
 
-def _routed(deployed: Deployment) -> float:
-    """Return the chats that the timed router carries in a second of its CPU time: it chooses for all."""
-    assert deployed.timed is not None
-    deployed.tell_workers(f"chats {ROUTED_PER_S / deployed.size.worker_processes}")
-    deployed.tell(f"chats {ROUTED_PER_S}", deployed.timed)
-    time.sleep(WARM_S)
-    before, began = deployed.timed_counts(), time.monotonic()
-    workers = deployed.worker_counts()
-    time.sleep(WINDOW_S)
-    after = deployed.timed_counts()
-    per_s(ROUTED_PER_S, deployed, time.monotonic() - began, workers)
-    return float(after["chats"] - before["chats"]) / float(after["cpu_s"] - before["cpu_s"])
+def routed(rounds: int, size: Size = FULL, rate: float = ROUTED_PER_S) -> dict[str, Measured]:
+    """Measure L7: the router chooses for all chats of the workers."""
+    chats = []
+    with _one_router(size) as (deployed, timed, _):
+        deployed.tell_workers(f"chats {rate / size.worker_processes}")
+        deployed.tell(f"chats {rate}", timed)
+        time.sleep(WARM_S)
+        for number in range(rounds):
+            before, workers, began = deployed.timed_counts(), deployed.worker_counts(), time.monotonic()
+            time.sleep(WINDOW_S)
+            after = deployed.timed_counts()
+            per_s(rate, deployed, time.monotonic() - began, workers)
+            chats.append(float(after["chats"] - before["chats"]) / float(after["cpu_s"] - before["cpu_s"]))
+            p50_us, p99_us = after["choice_us"]
+            print(
+                f"L7 round {number + 1}: {chats[-1]:.0f} chats a second of CPU; "
+                f"a choice takes {p50_us:.0f} µs, p99 {p99_us:.0f}",
+                flush=True,
+            )
+    return {"L7": Measured.alone(chats)}
 
 
-def _applied(deployed: Deployment, url: str) -> tuple[float, float]:
+def applied(rounds: int, size: Size = FULL, burst_chats: int = BURST_CHATS) -> dict[str, Measured]:
+    """Measure L4."""
+    parts = []
+    with _one_router(size) as (deployed, _, url):
+        for number in range(rounds):
+            parts.append(_applied(deployed, url, burst_chats))
+            ours, rival = parts[-1]
+            print(f"L4 round {number + 1}: {ours:.0f} blocks/s, msgpack {rival:.0f}", flush=True)
+    return {"L4": Measured.against(*map(list, zip(*parts, strict=True)))}
+
+
+def _applied(deployed: Deployment, url: str, burst_chats: int) -> tuple[float, float]:
     """Return the blocks that the timed router applies in a second of its CPU time, and those that msgpack
     decodes."""
     before = deployed.timed_counts()
     sent = sum(one["events"] for one in deployed.worker_counts())
-    deployed.tell_workers(f"burst {BURST_CHATS}")
+    deployed.tell_workers(f"burst {burst_chats}")
     wanted = before["events"] + sum(one["events"] for one in deployed.worker_counts()) - sent
     until = time.monotonic() + APPLIED_S
     while (after := deployed.timed_counts())["events"] < wanted:
@@ -207,14 +224,11 @@ def _lag_ms(deployed: Deployment) -> float:
     published: dict[str, int] = {}
     for one in deployed.worker_counts():
         published.update(one["published"])
-    time.sleep(1.0)  # the last of them are on their way
+    time.sleep(UNDER_WAY_S)
     seen: dict[str, int] = deployed.timed_counts()["seen"]
     took_ms = sorted((seen[block] - at) / 1e6 for block, at in published.items() if block in seen)
     if len(took_ms) < LEAST_RATE * len(published):
         raise TooSlow(f"{len(took_ms)} of {len(published)} blocks have come")
-    deployed.tell_workers("timed")
-    assert deployed.timed is not None
-    deployed.tell("timed", deployed.timed)
     return took_ms[len(took_ms) * 99 // 100]
 
 
