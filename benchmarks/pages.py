@@ -22,7 +22,7 @@ from typing import Any, Final
 from benchmarks.harness.processes import REPOSITORY
 from benchmarks.harness.report import RESULTS, as_list, markdown
 
-SUITES: Final = ("start", "registry", "request", "planes", "events", "index", "frontend", "ha")
+SUITES: Final = ("start", "registry", "request", "planes", "events", "index", "frontend", "ha", "scale")
 
 MARK: Final = re.compile(r"(none|\d[\d,]*(?:\.\d+)?)<!-- ([A-Z]\d+) (ours|rival|ratio)(?: (\d+))? -->")
 _ROW: Final = re.compile(r"^\| ([A-Z]\d+) \|.*$", re.MULTILINE)

@@ -35,7 +35,7 @@ FULL: Final = Size()
 
 @dataclass(frozen=True, slots=True)
 class ServerCounts:
-    """What a server has used since its start, and holds now. Times in seconds, sizes in bytes."""
+    """Counts of a server since its start, and its present sizes. Times in seconds, sizes in bytes."""
 
     at: float
     cpu_s: float

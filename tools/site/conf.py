@@ -19,6 +19,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
     "Operate": (
         "docs/operations",
         "docs/managed-redis",
+        "docs/scaling",
         "docs/troubleshooting",
         "docs/kubernetes",
         "docs/settings",

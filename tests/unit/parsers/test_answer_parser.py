@@ -158,7 +158,7 @@ def test_cut_calls_are_the_same_whole_and_streamed(case: dict[str, Any]) -> None
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("case", _without_malformed_answers())
 def test_no_piece_of_a_marker_is_text(case: dict[str, Any], streams: bool) -> None:
-    """What a cut answer has of reasoning, and of content behind a call, is what the whole one begins with. A
+    """A cut answer has the beginning of the whole one's reasoning, and of its content behind a call. A
     single character may be text, as the "<" of a comparison is."""
     whole = parse(case, [case["text"]], streams=streams)
     for at in range(len(case["text"]) + 1):
