@@ -23,6 +23,8 @@ from benchmarks.harness.processes import redis_server
 from benchmarks.harness.report import Measured
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.event_base import StreamName
+from dynamo_redis.store.garbage import collector
+from dynamo_redis.store.garbage.survey import Kind
 from dynamo_redis.store.keys import RegistryKeys, StreamKeys, format_lease
 from dynamo_redis.store.locks import redis_locks
 from dynamo_redis.store.objects import chunks, redis_objects
@@ -118,7 +120,12 @@ class FilledServer:
 
     def scripts(self) -> dict[str, ScriptCase]:
         """Return the cases of each script of the product by name, one or more (`name: variant`)."""
-        return self._registry_scripts() | self._stream_scripts() | self._other_scripts()
+        return (
+            self._registry_scripts()
+            | self._stream_scripts()
+            | self._other_scripts()
+            | self._garbage_scripts()
+        )
 
     def _operation(self) -> str:
         self.number += 1
@@ -183,6 +190,20 @@ class FilledServer:
             ),
             "object_remove": ScriptCase(redis_objects._REMOVE, (current, chunk), ("other", 60_000)),
             "object_forget": ScriptCase(redis_objects._FORGET, (self.names,), ("bucket/000500", "1")),
+        }
+
+    def _garbage_scripts(self) -> dict[str, ScriptCase]:
+        tag, kinds = f"{{{PREFIX}/object/b/n}}", collector._SCRIPTS
+        lock, current, chunk = f"{tag}:lock", f"{tag}:current", f"{tag}:chunk:1:a"
+        unused = ("other", LONG_MS, 60_000)
+        return {
+            "garbage_object": ScriptCase(collector._OBJECT, (current, lock, chunk), unused),
+            "garbage_chunks": ScriptCase(kinds[Kind.CHUNKS], (current, chunk), (60_000, "a")),
+            "garbage_expire": ScriptCase(kinds[Kind.TEMPORARY], (chunk,), (60_000,)),
+            "garbage_fence": ScriptCase(
+                kinds[Kind.LOCKS], (f"{tag}:fence", lock, f"{tag}:value", current), (LONG_MS,)
+            ),
+            "garbage_stream": ScriptCase(kinds[Kind.STREAMS], self.stream.all, ("1", LONG_MS)),
         }
 
     async def _trim_two(self) -> Words:

@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -82,7 +82,7 @@ class StoredRecord:
     """A record in a backup. `lease` is its lease in hexadecimal; None if it stays without its process."""
 
     key: str
-    value: bytes
+    value: bytes = field(repr=False)
     lease: str | None
 
 
