@@ -175,7 +175,13 @@ class OpenAIEngineSettings(SettingsGroup):
     kv_events_endpoint: str | None = setting(
         "DYN_KV_EVENTS_ENDPOINT",
         None,
-        "Address of the engine's KV events, tcp://host:port of rank 0. Unset: they are not followed.",
+        "Address of the engine's KV events, tcp://host:port of rank 0. Unset: the engine is asked.",
+    )
+    kv_events_discovery: Literal["engine", "any", "off"] = setting(
+        "DYN_KV_EVENTS_DISCOVERY",
+        "engine",
+        "Which addresses of KV events an engine (vLLM, SGLang) may report when it is asked: engine (at the "
+        "host of --engine-url only), any, or off (it is not asked).",
     )
     kv_replay_endpoint: str | None = setting(
         "DYN_KV_REPLAY_ENDPOINT",
@@ -189,10 +195,11 @@ class OpenAIEngineSettings(SettingsGroup):
         "When KV events are lost for good, have the engine clear its prefix cache: its contents are then "
         "known again at once. false: they become known as prompts use them.",
     )
-    engine_data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
+    engine_data_parallel_size: Annotated[int, Field(ge=1, le=1024)] | None = setting(
         "DYN_ENGINE_DATA_PARALLEL_SIZE",
-        1,
-        "Data-parallel ranks of the engine. Each publishes at the port after that of the rank before.",
+        None,
+        "Data-parallel ranks of the engine. Each publishes at the port after that of the rank before. Unset: "
+        "the number of ranks for which the engine reports KV events, else 1.",
         unit="ranks",
     )
     engine_block_size: Annotated[int, Field(ge=1, le=4096)] | None = setting(

@@ -315,12 +315,13 @@ def open_relay(publisher: KvPublisher, endpoint: str, topic: str) -> EventRelay:
     endpoint, and without pyzmq."""
     try:
         from dynamo_redis.events.engine_zmq.relay import EventRelay
+        from dynamo_redis.events.engine_zmq.wire import EventSource
     except ImportError as exc:
         raise ConfigError(
             f"KV events by ZMQ need pyzmq: pip install 'dynamo-redis[engines]' ({exc})"
         ) from exc
     try:
-        return EventRelay([publisher], events_endpoint=endpoint, topic=topic)
+        return EventRelay([publisher], [EventSource(endpoint, topic=topic)])
     except ValueError as exc:
         raise ConfigError(f"ZMQ endpoint {endpoint!r}: {exc}") from exc
 

@@ -78,6 +78,10 @@ class TestEngine:
         self.break_off_count = 1 << 30
         """The number of answers that break off."""
         self.cancelled_count = 0
+        self.described: dict[str, Any] = {}
+        """Answers by path, to `/kv_event_sources` (vLLM) and `/server_info` (SGLang); bytes are sent as they
+        are, and a missing one is a 404."""
+        self.described_count = 0
         self.events: list[KvEventServer] = []
         self.http_port = 0
         self._owner = owner
@@ -103,6 +107,9 @@ class TestEngine:
                 web.get("/health", self._health),
                 web.get("/v1/models", self._models),
                 web.get("/metrics", self._metrics),
+                web.get("/kv_event_sources", self._describe),
+                web.get("/server_info", self._describe),
+                web.get("/get_server_info", self._describe),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/embeddings", self._embeddings),
@@ -133,6 +140,14 @@ class TestEngine:
         if self.max_model_len is not None:
             listed["max_model_len"] = self.max_model_len
         return web.json_response({"object": "list", "data": [listed] if self.name else []})
+
+    async def _describe(self, http: web.Request) -> web.Response:
+        self.described_count += 1
+        if http.path not in self.described:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        answer = self.described[http.path]
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        return web.Response(body=content, content_type="application/json")
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.measured_count += 1

@@ -10,7 +10,8 @@ import pytest
 
 from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.events.engine_zmq import relay as relay_module
-from dynamo_redis.events.engine_zmq.relay import EventRelay, RankRelay, rank_endpoint
+from dynamo_redis.events.engine_zmq.relay import EventRelay, RankRelay, rank_endpoint, rank_sources
+from dynamo_redis.events.engine_zmq.wire import EventSource
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.wire.kv_event import CLEARED, HOST
 from tests.integration.engines.kv_event_server import (
@@ -61,9 +62,7 @@ async def following(
     publisher = KvPublisher(None, block_size=BLOCK_SIZE)
     relay = EventRelay(
         [publisher],
-        events_endpoint=engine.endpoint,
-        replay_endpoint=engine.replay_endpoint if replay else None,
-        topic=topic,
+        [EventSource(engine.endpoint, engine.replay_endpoint if replay else None, topic)],
         idle_s=idle_s,
     )
     relay.start()
@@ -246,7 +245,7 @@ async def test_each_rank_is_followed_at_its_own_port() -> None:
     ports = neighbouring_ports()
     async with server(port=ports[0]) as first, server(port=ports[1], dp_rank=1) as second:
         publishers = [KvPublisher(None, block_size=BLOCK_SIZE, dp_rank=rank) for rank in range(2)]
-        relay = EventRelay(publishers, events_endpoint=first.endpoint)
+        relay = EventRelay(publishers, rank_sources(2, first.endpoint))
         relay.start()
         try:
             await joined(first, relay.ranks[0])
@@ -292,13 +291,13 @@ def test_rank_endpoint_adds_the_rank_to_the_port() -> None:
 
 async def test_endpoint_must_be_an_address() -> None:
     with pytest.raises(ValueError, match="not an address"):
-        EventRelay([KvPublisher(None, block_size=4)], events_endpoint="http://host:1")
+        EventRelay([KvPublisher(None, block_size=4)], [EventSource("http://host:1")])
 
 
 async def test_missing_engine_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     relay = EventRelay(
         [KvPublisher(None, block_size=4)],
-        events_endpoint=f"tcp://127.0.0.1:{neighbouring_ports()[0]}",
+        [EventSource(f"tcp://127.0.0.1:{neighbouring_ports()[0]}")],
         idle_s=0.02,
     )
     relay.start()

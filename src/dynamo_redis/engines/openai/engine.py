@@ -39,7 +39,8 @@ from dynamo_redis.errors import (
     PlaneError,
     RequestCancelled,
 )
-from dynamo_redis.events.engine_zmq.relay import EventRelay
+from dynamo_redis.events.engine_zmq.relay import EventRelay, rank_sources
+from dynamo_redis.events.engine_zmq.wire import EventSource
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.models.directory import ModelDirectory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
@@ -92,6 +93,7 @@ class OpenAIEngine:
         self._poll_now = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
         self._publishers: Sequence[KvPublisher] = ()
+        self._followed: Sequence[EventSource] = ()
         self.relay: EventRelay | None = None
 
     def __repr__(self) -> str:
@@ -122,6 +124,7 @@ class OpenAIEngine:
                 if await self._server.check():
                     await self._server.poll_metrics()
                     self._resize_publishers()
+                    await self._follow_discovered()
                     await self._clear_partial_cache()
 
         self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
@@ -132,11 +135,11 @@ class OpenAIEngine:
 
     async def aclose(self) -> None:
         """Stop the polls and the relay; requests under way fail. Idempotent."""
-        if self.relay is not None:
-            await self.relay.aclose()
-        if self._poller is not None:
+        if self._poller is not None:  # first: it may open a relay
             self._poller.cancel()
             await asyncio.wait([self._poller])
+        if self.relay is not None:
+            await self.relay.aclose()
         await self._server.http.aclose()
 
     # ----------------------------------------------------------------- KV events
@@ -146,18 +149,46 @@ class OpenAIEngine:
         settings = self._settings
         self._publishers = publishers
         if settings.kv_events_endpoint is None:
-            log.info("DYN_KV_EVENTS_ENDPOINT is not set: routers do not know this engine's KV cache")
+            if not self._server.discovery.sources:
+                log.info("routers do not know this engine's KV cache (DYN_KV_EVENTS_ENDPOINT is not set)")
+            self._open_discovered()
             return
         try:
             self.relay = EventRelay(
                 publishers,
-                events_endpoint=settings.kv_events_endpoint,
-                replay_endpoint=settings.kv_replay_endpoint,
-                topic=settings.kv_events_topic,
+                rank_sources(
+                    len(publishers),
+                    settings.kv_events_endpoint,
+                    settings.kv_replay_endpoint,
+                    settings.kv_events_topic,
+                ),
             )
         except ValueError as exc:
             raise ConfigError(f"DYN_KV_EVENTS_ENDPOINT or DYN_KV_REPLAY_ENDPOINT: {exc}") from exc
         self.relay.start()
+
+    async def _follow_discovered(self) -> None:
+        """Follow the sources that the engine reports now. Those of before are closed, and their blocks
+        forgotten."""
+        discovery = self._server.discovery
+        if not discovery.enabled or not self._publishers or discovery.sources == self._followed:
+            return
+        if self.relay is not None:
+            await self.relay.aclose()
+            self.relay.forget("the engine publishes its KV events elsewhere now")
+            self.relay = None
+        self._open_discovered()
+
+    def _open_discovered(self) -> None:
+        self._followed = self._server.discovery.sources
+        if not self._followed:
+            return
+        try:
+            self.relay = EventRelay(self._publishers, self._followed)
+        except ValueError as exc:
+            log.warning("the KV events of the engine are not followed: %s", exc)
+        else:
+            self.relay.start()
 
     def _resize_publishers(self) -> None:
         """Set the publishers to the engine's block size. Blocks of another size are forgotten."""
@@ -324,7 +355,7 @@ class OpenAIEngine:
 
     def _send(self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context) -> Completion:
         """Send one completion. The server gets the `chat` of the request, if any, in place of the prompt."""
-        dp_rank = wanted_rank(request, self._settings.engine_data_parallel_size)
+        dp_rank = wanted_rank(request, self.capacity.data_parallel_size)
         listed, context_length = self._server.listed, self._server.capacity.context_length
         headers = {"X-Request-Id": context.id(), **(context.trace_headers() or {})}
         if dp_rank is not None and listed.dialect == "vllm":

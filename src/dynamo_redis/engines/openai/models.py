@@ -1,7 +1,8 @@
 """Parsers of an OpenAI-compatible server's descriptions of itself and its model. Pure.
 
 Every server has `GET /v1/models`; that of vLLM and SGLang has the model's context length (`max_model_len`).
-SGLang has its page size at `/get_server_info`, llama.cpp its context length at `/props`.
+SGLang has its page size at `/server_info`, which older versions call `/get_server_info`; llama.cpp its
+context length at `/props`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from dynamo_redis.engines.openai.dialects import Dialect
 
 _OWNERS: Final[Mapping[str, Dialect]] = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp"}
 
-DETAILS_PATHS: Final[Mapping[Dialect, str]] = {"sglang": "/get_server_info", "llamacpp": "/props"}
-"""Paths at which these servers report more sizes."""
+DETAILS_PATHS: Final[Mapping[Dialect, Sequence[str]]] = {
+    "sglang": ("/server_info", "/get_server_info"),
+    "llamacpp": ("/props",),
+}
+"""Paths at which these servers report more sizes; the first that the server has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,9 @@ def read_details(content: bytes) -> ServerDetails:
     details = _object(content)
     settings = details.get("default_generation_settings")
     lengths = [details.get("context_length"), settings.get("n_ctx") if isinstance(settings, dict) else None]
-    return ServerDetails(_first_count(lengths), _first_count([details.get("page_size")]))
+    events = details.get("kv_events")  # of newer SGLang: pages that are spread over ranks are larger blocks
+    sizes = [events.get("block_size") if isinstance(events, dict) else None, details.get("page_size")]
+    return ServerDetails(_first_count(lengths), _first_count(sizes))
 
 
 def _object(content: bytes) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Final
 
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
+from dynamo_redis.engines.openai.dialects import Dialect
+from dynamo_redis.engines.openai.discovery import EventDiscovery
 from dynamo_redis.engines.openai.http import EngineHttp
 from dynamo_redis.engines.openai.metrics import EngineMetrics, read_metrics
 from dynamo_redis.engines.openai.models import (
@@ -70,6 +72,8 @@ class EngineServer:
         self.down.set()
         self.problem = ""
         """The last reason why the server is not up."""
+        self.discovery = EventDiscovery(settings, self.http)
+        self._rank_count = settings.engine_data_parallel_size
         self._settings = settings
         self._context_limit = context_length
         self._on_down = on_down
@@ -102,7 +106,7 @@ class EngineServer:
             kv_block_size=block_size,
             max_num_seqs=settings.engine_max_num_seqs,
             max_num_batched_tokens=settings.engine_max_num_batched_tokens,
-            data_parallel_size=settings.engine_data_parallel_size,
+            data_parallel_size=self._rank_count or 1,
             context_length=min((length for length in lengths if length), default=None),
         )
 
@@ -212,14 +216,8 @@ class EngineServer:
         found = found or ListedModel(wanted or "", "openai")
         if settings.engine_kind != "auto":
             found = replace(found, dialect=settings.engine_kind)
-        details, path = ServerDetails(), DETAILS_PATHS.get(found.dialect)
-        if path is not None:
-            try:
-                status, content = await self.http.ask("GET", path, settings.engine_poll_timeout_s)
-                details = read_details(content) if status == 200 else details
-            except PlaneError as exc:
-                log.debug("the engine at %s: %s", self.http.url, exc)
-                details = self._details  # the last ones
+        details, answer = await self._ask_details(found.dialect)
+        await self.discovery.ask(found.dialect, answer)
         is_same = self._known and found == self.listed
         if not is_same:
             self._metrics_path = "/metrics"
@@ -227,8 +225,37 @@ class EngineServer:
         self._set_identity(found, details)
         return True
 
+    async def _ask_details(self, dialect: Dialect) -> tuple[ServerDetails, bytes | None]:
+        """Return the sizes of `DETAILS_PATHS` and the answer that has them, empty without such a path.
+
+        If the server does not answer now: the last sizes, and None.
+        """
+        for path in DETAILS_PATHS.get(dialect, ()):
+            try:
+                status, content = await self.http.ask("GET", path, self._settings.engine_poll_timeout_s)
+            except PlaneError as exc:
+                log.debug("the engine at %s: %s", self.http.url, exc)
+                return self._details, None
+            if status == 200:
+                return read_details(content), content
+        return ServerDetails(), b""
+
+    def _fix_rank_count(self) -> None:
+        """Take the number of ranks that the engine reports, once: the worker has published it since."""
+        reported_count = len(self.discovery.sources)
+        if self._rank_count is None:
+            self._rank_count = reported_count or 1
+        elif reported_count not in (0, self._rank_count) and not self._known:
+            log.warning(
+                "the engine reports KV events of %d ranks; this worker serves %d: restart it to serve "
+                "as many (DYN_ENGINE_DATA_PARALLEL_SIZE)",
+                reported_count,
+                self._rank_count,
+            )
+
     def _set_identity(self, found: ListedModel, details: ServerDetails) -> None:
         """Store the identity, log a change of it, and warn of settings that contradict it."""
+        self._fix_rank_count()
         known, before = (self.listed, self._details), self._describe()
         self.listed, self._details = found, details
         if not self._known or known != (found, details):
@@ -293,7 +320,7 @@ class EngineServer:
                 prefix_hit_rate=rank.prefix_hit_rate,
             )
             for dp_rank, rank in sorted(self._metrics.ranks.items())
-            if dp_rank < self._settings.engine_data_parallel_size
+            if dp_rank < (self._rank_count or 1)
         ]
 
     async def poll_metrics(self, *, is_same: bool = True) -> None:

@@ -28,6 +28,7 @@ from typing import Final
 from dynamo_redis.events.engine_zmq.sockets import EventSubscriber, replay
 from dynamo_redis.events.engine_zmq.wire import (
     Cleared,
+    EventSource,
     MainGroup,
     Removed,
     Stored,
@@ -56,29 +57,25 @@ class EventRelay:
     def __init__(
         self,
         publishers: Sequence[KvPublisher],
+        sources: Sequence[EventSource],
         *,
-        events_endpoint: str,
-        replay_endpoint: str | None = None,
-        topic: str = "",
         idle_s: float = IDLE_S,
     ) -> None:
-        """Make a relay for each publisher. Raises ValueError for an invalid endpoint.
+        """Make a relay for each publisher that has a source. Raises ValueError for an invalid endpoint.
 
         Args:
             publishers: one for each rank, in order.
-            events_endpoint: the address of rank 0; the port of each further rank is one higher.
-            replay_endpoint: the same for the replay socket; None: the engine has none.
-            topic: the topic of the messages to receive; "": all.
+            sources: likewise the sockets of each rank.
             idle_s: seconds without a message after which a replay is requested.
         """
         self.ranks = [
             RankRelay(
                 publisher,
-                EventSubscriber(rank_endpoint(events_endpoint, rank), topic),
-                replay_endpoint and rank_endpoint(replay_endpoint, rank),
+                EventSubscriber(source.endpoint, source.topic),
+                source.replay_endpoint,
                 idle_s=idle_s,
             )
-            for rank, publisher in enumerate(publishers)
+            for publisher, source in zip(publishers, sources, strict=False)
         ]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -121,6 +118,18 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
     if not endpoint.startswith("tcp://") or not colon or not port.isdecimal():
         raise ValueError(f"{endpoint} has no port to add the rank to")
     return f"{address}:{int(port) + rank}"
+
+
+def rank_sources(
+    rank_count: int, endpoint: str, replay_endpoint: str | None = None, topic: str = ""
+) -> list[EventSource]:
+    """Return the sources of all ranks by the endpoints of rank 0. Raises ValueError."""
+    return [
+        EventSource(
+            rank_endpoint(endpoint, rank), replay_endpoint and rank_endpoint(replay_endpoint, rank), topic
+        )
+        for rank in range(rank_count)
+    ]
 
 
 class RankRelay:

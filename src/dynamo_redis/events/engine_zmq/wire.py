@@ -64,6 +64,15 @@ _U64_MASK: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
+class EventSource:
+    """The addresses of one rank's sockets, to connect to. `topic` "" receives all messages."""
+
+    endpoint: str
+    replay_endpoint: str | None = None
+    topic: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """Consecutive blocks were stored; the parent is the block before them, or None.
 
