@@ -35,9 +35,10 @@ def openai(endpoint: str | None, **options: str | None) -> None:
     completions API.
 
     Prompts go to the engine as token ids, answers stream back, and a cancelled request ends at the engine at
-    once. While the engine does not answer, this worker is not in the registry. With --kv-events-endpoint
-    routers know the contents of the engine's KV cache. --model-path names the model's directory with its
-    tokenizer; the worker does not need the weights.
+    once. While the engine does not answer, this worker is not in the registry. Routers know the contents of
+    the engine's KV cache by its KV events: vLLM and SGLang are asked where they publish them, and
+    --kv-events-endpoint says it for versions without an answer. --model-path names the model's directory with
+    its tokenizer; the worker does not need the weights.
 
     \b
     Examples:
@@ -49,8 +50,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
     \b
       python -m sglang.launch_server --model-path ./Qwen3-8B --port 30000 --page-size 16 \\
         --enable-metrics --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557"}'
-      dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:30000 \\
-        --kv-events-endpoint tcp://127.0.0.1:5557 --engine-block-size 16
+      dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:30000
     \b
       llama-server -m qwen3-8b.gguf --port 8080 --metrics
       dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:8080
