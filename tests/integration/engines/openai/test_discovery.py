@@ -4,6 +4,7 @@ process."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -110,6 +111,13 @@ def held(indexer: Indexer, instance_id: int, dp_rank: int = 0) -> set[int]:
     return indexer.index.blocks_of(Worker(instance_id, dp_rank)).get(DEVICE, set())
 
 
+def follows(
+    indexer: Indexer, instance_id: int, truth: Callable[[], set[int]], dp_rank: int = 0
+) -> Callable[[], bool]:
+    """Return the condition that the index has the blocks that the engine's cache holds, and some."""
+    return lambda: bool(truth()) and held(indexer, instance_id, dp_rank) == truth()
+
+
 async def test_ranks_of_vllm_are_found_without_flags(
     services: Services, deployment: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
@@ -124,11 +132,8 @@ async def test_ranks_of_vllm_are_found_without_flags(
         (instance_id,) = client.instance_ids()
         await send(client, 100, 0)
         await send(client, 200, 1)
-        for rank in range(2):
-            truth = engine.mock.ranks[rank].cache.stored
-            await until(
-                lambda rank=rank, truth=truth: truth() and held(indexer, instance_id, rank) == truth(), log
-            )  # type: ignore[misc]
+        for rank in engine.mock.ranks:
+            await until(follows(indexer, instance_id, rank.cache.stored, rank.dp_rank), log)
         assert "publishes the KV events of 2 ranks" in log.text
         assert any(server.replay_requests for server in engine.events)
 
@@ -148,8 +153,7 @@ async def test_page_size_and_ports_of_sglang_are_found(
         indexer = await services.index()
         (instance_id,) = client.instance_ids()
         await send(client, 100)
-        truth = engine.mock.cache.stored
-        await until(lambda: truth() and held(indexer, instance_id) == truth(), log)
+        await until(follows(indexer, instance_id, engine.mock.cache.stored), log)
 
 
 async def test_restarted_engine_is_asked_again(
@@ -167,12 +171,15 @@ async def test_restarted_engine_is_asked_again(
         (instance_id,) = client.instance_ids()
         for first in (100, 200):
             async with restarted_elsewhere(engine) as another:
-                await until(lambda another=another: another.described_count > 1, log)  # type: ignore[misc]
+                await until(functools.partial(has_asked, another), log)
                 await until(lambda: client.instance_ids() == [instance_id], log)
                 await send(client, first)
-                truth = another.mock.cache.stored
-                await until(lambda truth=truth: truth() and held(indexer, instance_id) == truth(), log)  # type: ignore[misc]
+                await until(follows(indexer, instance_id, another.mock.cache.stored), log)
                 engine = another
+
+
+def has_asked(engine: TestEngine) -> bool:
+    return bool(engine.described_count)
 
 
 @asynccontextmanager
@@ -240,8 +247,7 @@ async def test_flags_override_the_answer(
         indexer = await services.index()
         (instance_id,) = client.instance_ids()
         await send(client, 100)
-        truth = engine.mock.cache.stored
-        await until(lambda: truth() and held(indexer, instance_id) == truth(), log)
+        await until(follows(indexer, instance_id, engine.mock.cache.stored), log)
     async with serving(engine, dynamo_redis_url, dynamo_redis_prefix, "--kv-events-discovery", "off"):
         assert not engine.described_count
 
