@@ -27,6 +27,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
         "docs/health-and-metrics",
         "docs/observability",
         "docs/dashboard",
+        "docs/moving-a-deployment",
         "docs/migration",
         "docs/security",
         "docs/tls",
