@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
+
+import pytest
 
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.cluster_server import EmbeddedCluster
 from dynamo_redis.store.event_base import NewEntry, StreamName
 from dynamo_redis.store.keys import RegistryKeys, StreamKeys
+from dynamo_redis.store.redis.blocking import pack
+from dynamo_redis.store.redis.cluster import topology
 from dynamo_redis.store.redis.cluster.client import ClusterClient
 from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
+from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server import EmbeddedServer
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 from tests.integration.store.cluster.conftest import WAIT_S, until
@@ -69,6 +75,50 @@ async def test_a_frozen_master_that_comes_back_is_not_used(
     await until(lambda: mirror.state == {"v1/before": b"1", "v1/meanwhile": b"2", "v1/after": b"3"})
     await cluster.wait_until_whole()
     assert await cluster.owner_of(key) is replica
+
+
+@pytest.mark.parametrize("way", ["thread", "reads", "sending"])
+async def test_a_dead_master_whose_port_takes_connections_is_left(
+    cluster: EmbeddedCluster, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """As a proxy's does. Each way to a node has to find the replica without the others' help."""
+    monkeypatch.setattr(topology, "REFRESH_S", 3600.0)
+    client = ClusterClient(cluster.url, timeout_s=5.0)
+    key = f"{{{way}}}"
+    await client.execute("SET", key, "x")
+    thread, reads, sending = client.sync(2.0, key=key), client.blocking(key), client.sending()
+    script = Script.of("get", "return redis.call('GET', KEYS[1])")
+
+    async def ask() -> Any:
+        if way == "thread":
+            return await asyncio.to_thread(thread.script, script, [key])
+        if way == "reads":
+            return await reads.execute(pack("GET", key), block_s=0.0)
+        (answer,) = await sending.execute_each([(key, pack("GET", key))])
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    assert await ask() == b"x"
+    master = await cluster.owner_of(key)
+    await master.server.kill()
+    closing = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", master.port)
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            try:
+                assert await ask() == b"x"
+            except StoreUnavailable:
+                await asyncio.sleep(0.05)
+            else:
+                break
+    closing.close()
+    await closing.wait_closed()
+    await reads.aclose()
+    await sending.aclose()
+    thread.close()
+    await client.aclose()
+    await master.server.start()
+    await cluster.wait_until_whole()
 
 
 async def test_planned_failover_of_the_registrys_master_loses_nothing(

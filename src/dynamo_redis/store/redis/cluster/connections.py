@@ -30,6 +30,13 @@ _UNBLOCKED: Final = ("UNBLOCKED", "NOGROUP")
 """Codes of the end of a waiting read whose key has gone: deleted, or moved to another node."""
 
 
+def _note_failure(topology: Topology, error: StoreError) -> None:
+    """Suspect the node if it has not answered. That it takes connections says little: a proxy, or a process
+    that is about to end, does so, too."""
+    if not error.answered:
+        topology.suspect()
+
+
 class SlotReads:
     """`BlockingReads` of a slot. For one task at a time.
 
@@ -66,7 +73,13 @@ class SlotReads:
         for tries_count in count():
             if tries_count > 1:
                 await asyncio.sleep(backoff.next_s())
-            got = await self._at_slot.execute_each([commands[place] for place in waiting], block_s=block_s)
+            try:
+                got = await self._at_slot.execute_each(
+                    [commands[place] for place in waiting], block_s=block_s
+                )
+            except StoreError as exc:
+                _note_failure(self._topology, exc)
+                raise
             again = []
             for place, answer in zip(waiting, got, strict=True):
                 answers[place] = answer
@@ -145,6 +158,7 @@ class SlotThread:
             except StoreError as exc:
                 redirect = redirect_of(exc, target or self._topology.owner(self._slot))
                 if redirect is None or time.monotonic() > deadline:
+                    _note_failure(self._topology, exc)
                     raise
                 target = None
                 match redirect:
@@ -247,6 +261,7 @@ class SpreadSending:
             try:
                 got = await connection.execute_each(words)
             except StoreError as exc:
+                _note_failure(self._topology, exc)
                 got = [exc] * len(words)
             for place, answer in zip(places, got[1::2] if is_asking else got, strict=True):
                 answers[place] = answer

@@ -3,8 +3,8 @@
 All clients of a process with the same URL share one `Topology`. It has a thread with an event loop of its
 own, so that the keepalive thread does not depend on the application's event loop. The thread asks some nodes
 for their view (CLUSTER SLOTS, which every server has): at the first use, each `REFRESH_S`, and at once when a
-node names another one or cannot be used. After the latter it asks again each `TROUBLE_REFRESH_S`, so that a
-replica that takes over is found soon.
+node names another one, cannot be reached, or leaves a command without an answer. After the latter it asks
+again each `TROUBLE_REFRESH_S`, so that a replica that takes over is found soon.
 
 Nodes may have an old view, so several are asked, and each slot belongs to the master that most of them name.
 A node's MOVED counts at once, and for `MOVED_COUNTS_S` against other nodes, which may not have heard of it.
