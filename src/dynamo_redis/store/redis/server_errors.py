@@ -219,6 +219,11 @@ def is_about_command(exc: BaseException) -> bool:
     return _meaning(reply(exc) or "") in (_UNKNOWN_COMMAND, _DENIED, _REFUSED)
 
 
+def is_about_tls(exc: BaseException) -> bool:
+    """Return whether TLS failed: the certificate is refused, or the peer does not speak it."""
+    return _cause(exc, ssl.SSLError) is not None
+
+
 def is_cut_off(exc: BaseException) -> bool:
     """Return whether a connection was made and then ended by the peer."""
     return any(mark in one_line(exc) for mark in _CUT_OFF)

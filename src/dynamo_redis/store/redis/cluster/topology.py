@@ -34,9 +34,11 @@ from dynamo_redis.store.redis.server_errors import (
     drop,
     drop_upon_failures,
     is_about_password,
+    is_about_tls,
     one_line,
     prepare,
     reply,
+    store_error,
 )
 from dynamo_redis.store.redis.url import Address, ServerUrl, make_connection, show_address
 
@@ -343,6 +345,10 @@ class Topology(OwnThread[ServerUrl]):
             is_passing |= login is not None and login.changes and is_about_password(refused)
             return RouteError(
                 f"the cluster {where} refuses to tell its nodes: {text}", refused=not is_passing
+            )
+        if failures and all(map(is_about_tls, failures)):
+            return RouteError(
+                f"no node of the cluster answers: {store_error(failures[0], where)}", refused=True
             )
         why = f" ({one_line(failures[0])})" if failures else ""
         return RouteError(f"no node of the cluster {where} answers{why}")
