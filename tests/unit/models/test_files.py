@@ -431,6 +431,51 @@ async def test_paths_in_a_card_are_not_used(
             await fetch_model_files(objects, broken, tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/cron.d/evil",
+        "..",
+        "config.json/../../evil",
+        "additional_chat_templates/../../evil.jinja",
+        "additional_chat_templates/.evil.jinja",
+        "additional_chat_templates/evil.jinja\0.jinja",
+        "additional_chat_templates/evil.jinja\n",
+        "additional_chat_templates/a/evil.jinja",
+        "config.json\0",
+        "CON",
+        "NUL.json",
+        "evil" * 1000,
+    ],
+)
+async def test_hostile_names_in_a_card_make_no_file(
+    objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path, name: str
+) -> None:
+    await _uploaded(objects, directory, card)
+    evil = card.model_copy(update={"files": {**card.files, name: card.files["config.json"]}})
+    fetched = await fetch_model_files(objects, ModelCard.from_bytes(evil.to_bytes()), tmp_path / "cache")
+    names = {str(path.relative_to(fetched)) for path in fetched.rglob("*") if path.is_file()}
+    assert names == set(card.files)
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache", directory.name}
+
+
+async def test_ten_thousand_files_of_a_card_cost_nothing(
+    objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
+) -> None:
+    """Unknown names are not fetched, and as many templates are refused before anything is."""
+    await _uploaded(objects, directory, card)
+    one = card.files["config.json"]
+    unknown = card.model_copy(update={"files": {**card.files, **{f"x{n}": one for n in range(10_000)}}})
+    fetched = await fetch_model_files(objects, unknown, tmp_path / "cache")
+    assert {path.name for path in fetched.iterdir()} == set(card.files)
+    templates = {f"additional_chat_templates/t{n}.jinja": one for n in range(10_000)}
+    with pytest.raises(ModelError, match="10000 chat templates"):
+        await fetch_model_files(
+            objects, card.model_copy(update={"files": card.files | templates}), tmp_path / "other"
+        )
+    assert not (tmp_path / "other").exists()
+
+
 async def test_unwritable_cache_is_named(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
