@@ -58,7 +58,7 @@ KEPT: Final = Path(".faults")
 )
 @click.option(
     "--store",
-    type=click.Choice(["plain", "sentinel"]),
+    type=click.Choice(["plain", "sentinel", "cluster"]),
     default="plain",
     show_default=True,
     help="How processes reach their servers.",

@@ -56,6 +56,9 @@ _PROMISES: Final = {
     "sentinel-kill": _TAIL + "; no lease ends; all is served 2 s after a new primary is named",
     "sentinel-demoted": _TAIL + "; no lease ends; all is served 2 s after a new primary is named",
     "sentinel-away": f"{_KEPT}; every call is served",
+    "cluster-kill": _TAIL + "; no lease ends; all is served 2 s after the replica took over",
+    "cluster-demoted": _TAIL + "; no lease ends; all is served 2 s after the old master is a replica",
+    "cluster-slots": f"{_KEPT}; every change is shown",
 }
 _OF_KINDS: Final = {
     "locks": "one accepted holder at a time; no stale write",
@@ -66,6 +69,7 @@ _OF_KINDS: Final = {
 _KINDS: Final = {
     "registry": "Registry",
     "sentinel": "Redis Sentinel",
+    "cluster": "Redis Cluster",
     "locks": "Locks",
     "objects": "Objects",
     "chats": "Chats",
@@ -105,7 +109,12 @@ def _of(kind: str) -> Iterator[str]:
 
 
 def _row(name: str, measured: list[dict[str, Any]]) -> str:
-    fault = ALL[name].summary.removeprefix(f"{name.partition('-')[0]}: ").removeprefix("Sentinel: ")
+    fault = (
+        ALL[name]
+        .summary.removeprefix(f"{name.partition('-')[0]}: ")
+        .removeprefix("Sentinel: ")
+        .removeprefix("Cluster: ")
+    )
     runs = sum(len(one["seeds"]) for one in measured)
     if not runs:
         return f"| {fault} | {promise(name)} | | | | | | | |"

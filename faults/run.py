@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from dynamo_redis.errors import StoreError
+from faults.cluster_store import ClusterStore
 from faults.history import Recorder
 from faults.observer import Observer
 from faults.processes import LoadProcess, end_all
@@ -92,7 +93,7 @@ class Scenario:
     load: Load = REGISTRY
     keeps_leases: bool = False
     ttl_s: float = TTL_S
-    stores: tuple[StoreName, ...] = ("plain", "sentinel")
+    stores: tuple[StoreName, ...] = ("plain", "sentinel", "cluster")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ class Run:
     ) -> None:
         if scenario.clock and faketime_library() is None:
             raise Skipped("libfaketime is not installed (Debian: apt install faketime)")
+        if scenario.clock and store == "cluster":
+            raise Skipped("the clocks of a cluster's nodes are not shifted")
         self.scenario = scenario
         self.kind = kind
         self.directory = directory
@@ -149,15 +152,21 @@ class Run:
         self.recorder = Recorder(directory, "runner")
         self._observed = Recorder(directory, "observer")
         self.observer = Observer(self._observed, PREFIX)
-        servers = [self._server(label) for label in ("a", "b")[: 1 + scenario.replica]]
-        self.store: Store = PlainStore(servers)
-        if store == "sentinel":
-            self.store = SentinelStore(servers, directory / "sentinels")
+        self.store_name = store
+        self.store = self._make_store()
         self._load_s = load_s
         self._joined: set[str] = set()
         self._ends_at = float("inf")
         self._healed_at = 0.0
         self._run_state = RunState(directory)
+
+    def _make_store(self) -> Store:
+        if self.store_name == "cluster":
+            return ClusterStore(self.kind, self.directory / "nodes", self.scenario.persistence, PREFIX)
+        servers = [self._server(label) for label in ("a", "b")[: 1 + self.scenario.replica]]
+        if self.store_name == "sentinel":
+            return SentinelStore(servers, self.directory / "sentinels")
+        return PlainStore(servers)
 
     def _server(self, label: str) -> ServerUnderTest:
         directory, scenario = self.directory / f"server-{label}", self.scenario
@@ -257,7 +266,7 @@ class Run:
             scenario=self.scenario.name,
             seed=self.seed,
             server=self.kind.name,
-            store="sentinel" if isinstance(self.store, SentinelStore) else "plain",
+            store=self.store_name,
             ttl_s=self.ttl_s,
             keeps_leases=self.scenario.keeps_leases,
         )

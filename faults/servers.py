@@ -44,7 +44,7 @@ _SYNC_TIMEOUT_S: Final = 30.0
 _EXEC: Final = b"EXEC\r\n"
 _PAUSE_MS: Final = 20_000
 
-_PERSISTENCE: Final[dict[Persistence, dict[str, str]]] = {
+PERSISTENCE: Final[dict[Persistence, dict[str, str]]] = {
     "always": {"appendonly": "yes", "appendfsync": "always"},
     "everysec": {"appendonly": "yes", "appendfsync": "everysec"},
     "none": {"appendonly": "no"},
@@ -120,6 +120,7 @@ class ServerUnderTest:
         directory: Directory of its data and log; it must not exist.
         persistence: When the append-only file is synced.
         clock: True: its wall clock can be shifted.
+        node: The server, if it is a node of a cluster, which then owns its directory and its role.
     """
 
     def __init__(
@@ -130,16 +131,21 @@ class ServerUnderTest:
         *,
         persistence: Persistence = "everysec",
         clock: bool = False,
+        node: EmbeddedServer | None = None,
     ) -> None:
         self.label = label
         self.kind = kind
         self._directory = directory
-        directory.mkdir()
+        self._is_node = node is not None
         binary = kind.binary
+        if node is None:
+            directory.mkdir()
         if clock:
             self.set_clock(0.0)
             binary = self._under_faketime()
-        self.embedded = EmbeddedServer(directory, port=0, binary=binary, settings=_PERSISTENCE[persistence])
+        self.embedded = node or EmbeddedServer(
+            directory, port=0, binary=binary, settings=PERSISTENCE[persistence]
+        )
         self._client: RedisClient | None = None
         self._frozen = False
 
@@ -280,8 +286,9 @@ class ServerUnderTest:
     # ------------------------------------------------------------------ replication
 
     async def replicate(self, primary: ServerUnderTest) -> None:
-        """Become a replica, and wait until it has the primary's data."""
-        await self.execute("REPLICAOF", "127.0.0.1", primary.url.rpartition(":")[2])
+        """Become a replica, and wait until it has the primary's data. A node of a cluster is one already."""
+        if not self._is_node:
+            await self.execute("REPLICAOF", "127.0.0.1", primary.url.rpartition(":")[2])
         await self.wait_for_info("replication", "master_link_status:up")
 
     async def promote(self) -> None:

@@ -5,6 +5,7 @@
   to each sentinel, and the addresses in the sentinels' answers are those of the process's own proxies. The
   sentinels fail over only when a scenario lets them (`automatic`), so that other faults do not also cost a
   primary.
+- `cluster_store.ClusterStore`: a cluster.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dynamo_redis.store.sentinel_server import MASTER_NAME, SentinelDeployment
-from faults.proxy import Conditions, Connection, Link, Proxy, Side
+from faults.links import SentinelLink
+from faults.proxy import Link, Proxy
 from faults.servers import ServerUnderTest
 
-StoreName = Literal["plain", "sentinel"]
+StoreName = Literal["plain", "sentinel", "cluster"]
 
 NEVER_S: Final = 600.0
 """Time after which sentinels take a silent primary for dead, where a scenario causes no failover."""
@@ -33,8 +35,10 @@ class Store(ABC):
 
     def __init__(self, servers: Sequence[ServerUnderTest]) -> None:
         self.servers = list(servers)
-        self.server = servers[0]
-        self.replica = servers[1] if len(servers) > 1 else None
+        self.server: ServerUnderTest
+        self.replica: ServerUnderTest | None = None
+        if servers:  # those of a cluster are known after its start
+            self.server, self.replica = servers[0], servers[1] if len(servers) > 1 else None
 
     async def start(self) -> None:
         """Start all servers."""
@@ -202,106 +206,3 @@ async def _offset(server: ServerUnderTest) -> bytes:
     lines = (await server.execute("INFO", "replication")).splitlines()
     found: bytes = next(line for line in lines if line.startswith(b"master_repl_offset:"))
     return found
-
-
-# ---------------------------------------------------------------------- the way through sentinels
-
-
-class _SentinelProxy(Proxy):
-    """A proxy to a sentinel that replaces the ports of servers in its answers. All have five digits."""
-
-    def __init__(self, target: str, ports: Sequence[tuple[bytes, bytes]]) -> None:
-        super().__init__(target)
-        self._ports = ports
-
-    def translate(self, content: bytes, towards: Side) -> bytes:
-        if towards == "client":
-            for port, own_port in self._ports:
-                content = content.replace(port, own_port)
-        return content
-
-
-class SentinelLink:
-    """The proxies of one process: a fault applies to all of them."""
-
-    def __init__(self, servers: Sequence[str], sentinels: Sequence[str]) -> None:
-        self._servers = [Proxy(url) for url in servers]
-        self._sentinel_urls = sentinels
-        self._sentinels: list[_SentinelProxy] = []
-
-    @property
-    def url(self) -> str:
-        """The URL that the process uses."""
-        hosts = ",".join(proxy.url.removeprefix("redis://") for proxy in self._sentinels)
-        return f"redis+sentinel://{hosts}/{MASTER_NAME}"
-
-    async def start(self) -> None:
-        """Listen."""
-        for proxy in self._servers:
-            await proxy.start()
-        ports = [(_port(proxy.target), _port(proxy.url)) for proxy in self._servers]
-        self._sentinels = [_SentinelProxy(url, ports) for url in self._sentinel_urls]
-        for proxy in self._sentinels:
-            await proxy.start()
-
-    async def aclose(self) -> None:
-        """Stop listening and break all connections."""
-        for proxy in self._all:
-            await proxy.aclose()
-
-    @property
-    def _all(self) -> list[Proxy]:
-        return [*self._servers, *self._sentinels]
-
-    @property
-    def connections(self) -> list[Connection]:
-        """All connections."""
-        return [connection for proxy in self._all for connection in proxy.connections]
-
-    @property
-    def has_swallowed(self) -> bool:
-        """As `Proxy.has_swallowed`."""
-        return any(proxy.has_swallowed for proxy in self._all)
-
-    @property
-    def conditions(self) -> Conditions:
-        """The conditions of all connections."""
-        return self._servers[0].conditions
-
-    @conditions.setter
-    def conditions(self, conditions: Conditions) -> None:
-        for proxy in self._all:
-            proxy.conditions = conditions
-
-    @property
-    def refuse(self) -> bool:
-        """True if new connections are refused."""
-        return self._servers[0].refuse
-
-    @refuse.setter
-    def refuse(self, refuse: bool) -> None:
-        for proxy in self._all:
-            proxy.refuse = refuse
-
-    def cut(self) -> None:
-        """Break all connections."""
-        for proxy in self._all:
-            proxy.cut()
-
-    def cut_one(self) -> None:
-        """Break the oldest connection to a server."""
-        next((proxy for proxy in self._servers if proxy.connections), self._servers[0]).cut_one()
-
-    def half_close(self, towards: Side) -> None:
-        """Half-close all connections."""
-        for proxy in self._all:
-            proxy.half_close(towards)
-
-    def heal(self) -> None:
-        """Return to a good network; connections that have lost bytes break."""
-        for proxy in self._all:
-            proxy.heal()
-
-
-def _port(url: str) -> bytes:
-    return url.rpartition(":")[2].encode()

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Final
 
 from faults.run import Scenario
-from faults.scenarios import clients, crashes, data, failover, mixed, network, others, refusals, sentinels
+from faults.scenarios import (
+    clients,
+    clusters,
+    crashes,
+    data,
+    failover,
+    mixed,
+    network,
+    others,
+    refusals,
+    sentinels,
+)
 
 ALL: Final[dict[str, Scenario]] = {
     scenario.name: scenario
@@ -19,6 +30,7 @@ ALL: Final[dict[str, Scenario]] = {
         *mixed.SCENARIOS,
         *others.SCENARIOS,
         *sentinels.SCENARIOS,
+        *clusters.SCENARIOS,
     )
 }
 """Every scenario, by name."""

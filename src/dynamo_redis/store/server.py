@@ -107,6 +107,11 @@ class EmbeddedServer:
         return self._binary
 
     @property
+    def directory(self) -> Path:
+        """The directory of its data and log."""
+        return self._directory
+
+    @property
     def url(self) -> str:
         """`redis://127.0.0.1:<port>` or `unix://<path>`. Before the first start, port 0 is not yet
         resolved."""

@@ -1,4 +1,4 @@
-"""The fault harness behind Redis Sentinels: a process sees only its own proxies."""
+"""The fault harness behind Redis Sentinels and on a cluster: a process sees only its own proxies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.redis.cluster.slots import slot_of_key
+from faults.cluster_store import ClusterStore
+from faults.links import ClusterLink, SentinelLink
 from faults.servers import ServerUnderTest, installed_servers
-from faults.stores import SentinelLink, SentinelStore
+from faults.stores import SentinelStore
 
 
 @pytest.fixture
@@ -57,3 +60,79 @@ async def test_hand_over_behind_sentinels_loses_nothing(store: SentinelStore) ->
     assert (await store.server.execute("CLIENT", "LIST")).count(b"name=dynamo-redis") >= 1
     await client.aclose()
     await link.aclose()
+
+
+# --------------------------------------------------------------------------- a cluster
+
+
+PREFIX = "faults"
+KEY = f"{{{PREFIX}}}k"
+"""A key in the registry's slot."""
+
+
+@pytest.fixture
+async def cluster_store(tmp_path: Path) -> AsyncIterator[ClusterStore]:
+    made = ClusterStore(installed_servers()[0], tmp_path / "nodes", "everysec", PREFIX)
+    try:
+        await made.start()
+        yield made
+    finally:
+        await made.aclose()
+
+
+@pytest.fixture
+async def link(cluster_store: ClusterStore) -> AsyncIterator[ClusterLink]:
+    made = await cluster_store.open_link()
+    assert isinstance(made, ClusterLink)
+    yield made
+    await made.aclose()
+
+
+async def test_nodes_are_named_by_the_proxies_of_the_process(
+    cluster_store: ClusterStore, link: ClusterLink
+) -> None:
+    own_ports = {int(proxy.url.rpartition(":")[2]) for proxy in link._proxies}
+    node = RedisClient(link._proxies[0].url, timeout_s=5.0)
+    slots = await node.execute("CLUSTER", "SLOTS")
+    assert {place[1] for _, _, *places in slots for place in places} == own_ports
+    port = cluster_store.servers[1].url.rpartition(":")[2].encode()
+    assert await node.execute("ECHO", port) == port  # data is not touched
+    await node.aclose()
+
+
+async def test_changes_of_the_registry_s_master_are_followed(
+    cluster_store: ClusterStore, link: ClusterLink
+) -> None:
+    old = cluster_store.server
+    await old.execute("SET", KEY, "v")
+    await cluster_store.hand_over()
+    assert cluster_store.server is not old
+    assert await cluster_store.server.execute("GET", KEY) == b"v"
+    target = next(
+        node
+        for node in cluster_store.cluster.nodes
+        if node.master is None and node is not cluster_store.node_of(old)
+    )
+    await cluster_store.move(slot_of_key(KEY), target)
+    assert cluster_store.node_of(cluster_store.server) is target
+    assert await cluster_store.server.execute("GET", KEY) == b"v"
+
+
+async def test_replica_without_the_last_writes_takes_over(cluster_store: ClusterStore) -> None:
+    old = cluster_store.server
+    await old.execute("SET", KEY, "kept")
+    assert cluster_store.replica is not None
+    assert await old.execute("WAIT", 1, 10_000) == 1
+    await cluster_store.part(0.0)
+    await old.execute("SET", KEY, "lost")
+    await old.kill()
+    await cluster_store.replace(())
+    assert await cluster_store.server.execute("GET", KEY) == b"kept"
+
+
+async def test_replica_of_a_dead_master_takes_over_only_if_it_may(cluster_store: ClusterStore) -> None:
+    old, replica = cluster_store.server, cluster_store.replica
+    await old.kill()
+    async with cluster_store.automatic():
+        await cluster_store.wait_for_takeover()
+    assert cluster_store.server is replica
