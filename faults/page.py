@@ -24,6 +24,7 @@ _PROMISES: Final = {
     "kill-none": _LOST,
     "power": _TAIL,
     "freeze": _KEPT,
+    "pause": _KEPT,
     "wipe": _LOST,
     "flushall": _LOST,
     "structures": "as a wipe, whichever key it is",

@@ -20,6 +20,8 @@ from faults.roles.engine import ENDPOINT, open_runtime
 
 USERS_COUNT: Final = 3
 MAX_TOKENS: Final = 12
+MIGRATIONS: Final = 3
+"""How often an answer may go on at another worker."""
 CHAT_TIMEOUT_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.05
 START_TIMEOUT_S: Final = 45.0
@@ -31,6 +33,7 @@ async def run(process: Process) -> None:
     settings = FrontendSettings.load(
         http_host="127.0.0.1",
         http_port=0,
+        migration_limit=MIGRATIONS,
         model_cache=process.orders.directory / f"{process.orders.process}-models",
     )
     async with open_runtime(process) as runtime, asyncio.TaskGroup() as group:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from faults.run import Loses, Run, Scenario
+from faults.servers import wait_until_answers
 
 KEPT_TTL_S: Final = 4.0
 """The TTL where no lease may be lost. Leases age by up to 1 s when a server comes back or its clock jumps
@@ -44,6 +46,16 @@ async def freeze(run: Run) -> None:
         run.server.freeze()
         await run.pause(0.2, 2.0 * run.ttl_s)
         run.server.thaw()
+
+
+async def pause_clients(run: Run) -> None:
+    """Hold back all commands, or all writes, by CLIENT PAUSE. Nothing else lifts a pause of all commands."""
+    kind = run.rng.choice(("ALL", "WRITE"))
+    pause_s = run.rng.uniform(0.2, 2.0 * run.ttl_s)
+    async with run.fault("CLIENT PAUSE", kind=kind):
+        await run.server.execute("CLIENT", "PAUSE", round(pause_s * 1000), kind)
+        await asyncio.sleep(pause_s)
+        await wait_until_answers(run.server)
 
 
 async def wipe(run: Run) -> None:
@@ -101,6 +113,13 @@ SCENARIOS = (
         "freeze",
         "SIGSTOP, for up to two TTLs",
         again_and_again(freeze),
+        keeps_leases=True,
+        ttl_s=KEPT_TTL_S,
+    ),
+    Scenario(
+        "pause",
+        "CLIENT PAUSE of all commands or of writes, for up to two TTLs",
+        again_and_again(pause_clients),
         keeps_leases=True,
         ttl_s=KEPT_TTL_S,
     ),

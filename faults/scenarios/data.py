@@ -76,6 +76,35 @@ async def litter(run: Run) -> None:
         await run.observer.read_and_run(run.server, *commands)
 
 
+_ADDED: Final[dict[bytes, tuple[Word, ...]]] = {
+    b"hash": (_JUNK, _JUNK),
+    b"set": (_JUNK,),
+    b"zset": (0, _JUNK),
+    b"stream": ("*", _JUNK, _JUNK),
+    b"list": (_JUNK,),
+}
+_COMMANDS: Final = {b"hash": "HSET", b"set": "SADD", b"zset": "ZADD", b"stream": "XADD", b"list": "RPUSH"}
+
+
+async def litter_everywhere(run: Run) -> None:
+    """Write rubbish into every key of the prefix but the registry's own: event streams, objects, locks. What
+    replaces a string is deleted after a while."""
+    await litter(run)
+    replaced: list[bytes] = []
+    async with run.fault("rubbish everywhere"):
+        for key in await run.server.execute("KEYS", f"{{{PREFIX}/*"):
+            with suppress(StoreError):  # the key has gone, or moved to another node
+                kind = await run.server.execute("TYPE", key)
+                if kind in _ADDED:
+                    await run.server.execute(_COMMANDS[kind], key, *_ADDED[kind])
+                elif await run.server.execute("SET", key, _JUNK, "XX", "KEEPTTL"):
+                    replaced.append(key)
+        await run.pause(0.1, 1.0)
+        for key in replaced:
+            with suppress(StoreError):
+                await run.server.execute("DEL", key)
+
+
 async def save(run: Run) -> None:
     """Let the server fork, to write a snapshot or its append-only file anew; one at a time, so it may
     refuse."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -65,6 +66,7 @@ _OF_CHATS: Final = (
     "black-hole",
     "drop-answers",
     "cut",
+    "pause",
     "failover-behind",
     "failover-planned",
     "full",
@@ -142,6 +144,15 @@ async def _registry(run: Run) -> AsyncIterator[RedisRegistry]:
         await registry.aclose()
 
 
+async def _kill_half(run: Run) -> None:
+    """Kill half of the workers at once (kill -9); others take their chats over."""
+    await run.pause(1.0, 2.0)
+    engines = [process for process in run.processes if process.orders.role == "engine"]
+    doomed = run.rng.sample(engines, len(engines) // 2)
+    async with run.fault("half of the workers die"):
+        await asyncio.gather(*(process.kill() for process in doomed))
+
+
 SCENARIOS = (
     *(_with(LOCKS, "locks", name) for name in _OF_LOCKS),
     *(_with(OBJECTS, "objects", name) for name in _OF_OBJECTS),
@@ -152,5 +163,17 @@ SCENARIOS = (
         "chats: records of instances, models and routers that cannot be read",
         _litter_records,
         load=CHATS,
+    ),
+    Scenario(
+        "chats-rubbish",
+        "chats: a foreign writer of rubbish into every key of the prefix",
+        crashes.again_and_again(data.litter_everywhere, 0.1, 0.6),
+        load=CHATS,
+    ),
+    Scenario(
+        "chats-half",
+        "chats: half of the workers are killed at once (kill -9)",
+        _kill_half,
+        load=Load({"engine": 4, "frontend": 2}),
     ),
 )
