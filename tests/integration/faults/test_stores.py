@@ -94,7 +94,7 @@ async def test_nodes_are_named_by_the_proxies_of_the_process(
     own_ports = {int(proxy.url.rpartition(":")[2]) for proxy in link._proxies}
     node = RedisClient(link._proxies[0].url, timeout_s=5.0)
     slots = await node.execute("CLUSTER", "SLOTS")
-    assert {place[1] for _, _, *places in slots for place in places} == own_ports
+    assert {place[1] for _, _, *places in slots for place in places} <= own_ports
     port = cluster_store.servers[1].url.rpartition(":")[2].encode()
     assert await node.execute("ECHO", port) == port  # data is not touched
     await node.aclose()
