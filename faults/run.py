@@ -213,9 +213,21 @@ class Run:
             self._healed_at = time.monotonic()
 
     async def read_log_to_end(self, server: ServerUnderTest) -> None:
-        """Hold back writes on a server that is about to lose data, and read its log to the end."""
-        await server.pause_writes()
-        await self.observer.catch_up(server)
+        """Hold back writes on a server that is about to lose data, and read its log to the end.
+
+        A cluster's node may need a moment after its last start. Raises StoreError if it needs too long.
+        """
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while True:
+            try:
+                await server.pause_writes()
+                await self.observer.catch_up(server)
+            except StoreError:
+                if self.store_name != "cluster" or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+            else:
+                return
 
     def some_proxies(self) -> list[Link]:
         """Return a random, non-empty part of the processes' proxies; often all of them."""
