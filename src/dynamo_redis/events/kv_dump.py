@@ -53,9 +53,9 @@ class KvDump:
             raise InvalidRequest('kv_dump takes {"have": [[epoch, dp_rank, next_sequence], …]}')
         next_sequences: dict[tuple[int, int], int] = {}
         for entry in have:
-            if not isinstance(entry, list) or len(entry) != 3 or not all(type(part) is int for part in entry):
+            if not isinstance(entry, list) or [type(part) for part in entry[:3]] != [int] * 3:
                 raise InvalidRequest(f"not [epoch, dp_rank, next_sequence]: {str(entry)[:80]}")
-            epoch, dp_rank, next_sequence = entry
+            epoch, dp_rank, next_sequence = entry[:3]  # a later release may add fields
             next_sequences[epoch, dp_rank] = next_sequence
         if self._on_asked is not None:
             self._on_asked()

@@ -27,7 +27,15 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, Self
 
-from dynamo_redis.errors import BarrierError, KeyExists, StoreError, StoreUnavailable
+from dynamo_redis.decoding import check_version, read_json_object
+from dynamo_redis.errors import (
+    BarrierError,
+    InvalidRecord,
+    KeyExists,
+    SchemaMismatch,
+    StoreError,
+    StoreUnavailable,
+)
 from dynamo_redis.names import barrier_prefix, decode_segment, encode_segment
 from dynamo_redis.runtime.following import key_of
 from dynamo_redis.runtime.withdrawal import withdraw
@@ -45,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _DATA, _WORKERS, _COMPLETE, _ABORT = "data", "workers/", "complete", "abort"
 _VERSION: Final = 1
+_WHAT: Final = "a record of a barrier"
 _RETRY_S: Final = 0.2
 _LOST_LEADER: Final[Mapping[LostReason, str]] = {
     "conflict": "another leader has taken its place",
@@ -342,9 +351,14 @@ def _encode(round_: str, fields: Mapping[str, Any]) -> bytes:
 
 
 def _decode(value: bytes) -> dict[str, Any]:
-    """Return the record's fields; empty if it is not a record of a version that this release reads."""
+    """Return the record's fields; empty if it is no record of a barrier.
+
+    Raises BarrierError for a record of another version: waiting for its process would end at the time-out."""
     try:
-        record = json.loads(value)
-    except ValueError:
+        record = read_json_object(value, _WHAT)
+        check_version(record.get("version"), _VERSION, _WHAT)
+    except SchemaMismatch as exc:
+        raise BarrierError(f"{exc}, so that leader and workers are of one release") from exc
+    except InvalidRecord:
         return {}
-    return record if isinstance(record, dict) and record.get("version") == _VERSION else {}
+    return record

@@ -19,7 +19,8 @@ from dynamo_redis.names import decode_segment, encode_segment, format_instance_i
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.event_base import StreamName
 
-SCHEMA_VERSION = "1"
+SCHEMA_MAJOR = "1"
+SCHEMA_VERSION = SCHEMA_MAJOR
 """`major[.minor]`. Another major version is refused; a minor version only adds fields that may be ignored."""
 
 STRUCTURES = ("meta", "kv", "idx", "leases", "lk", "lr", "log")

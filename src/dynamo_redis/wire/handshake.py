@@ -195,7 +195,10 @@ class ClientHandshake:
             raise plane_error(_printable(code), _printable(message))
         server = _parse_hello(fields[:-1])
         if server.version != VERSION:
-            raise ProtocolViolation(f"the server wants protocol version {server.version}, this side speaks 1")
+            raise ProtocolViolation(
+                f"the server wants protocol version {server.version}, this side speaks {VERSION}: "
+                "upgrade the older side"
+            )
         if server.instance_id != self.client.instance_id:
             raise AuthenticationFailed("another instance answers at this address")
         _check(fields[-1], proof("server", self._secret, self.client, server))
@@ -229,7 +232,10 @@ class ServerHandshake:
         if self.client is None:
             client = _parse_hello(fields)
             if client.version < VERSION:
-                raise ProtocolViolation(f"protocol version {client.version} is not spoken here, {VERSION} is")
+                raise ProtocolViolation(
+                    f"protocol version {client.version} is not spoken here, {VERSION} is: "
+                    "upgrade the older side"
+                )
             if client.instance_id != self.server.instance_id:
                 raise AuthenticationFailed("another instance answers at this address")
             self.client = client

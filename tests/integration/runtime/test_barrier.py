@@ -91,3 +91,14 @@ async def test_barrier_id_can_be_used_again(open_runtime: OpenRuntime) -> None:
         assert data == round_
         await join.aclose()
         await lead.aclose()
+
+
+async def test_another_version_ends_the_wait_with_the_reason(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    await runtime.registry.put(f"{BARRIERS}group/data", b'{"version": 2, "round": "0a"}')
+    with pytest.raises(BarrierError, match=r"has schema version 2, this release reads 1: upgrade .* of one"):
+        await WorkerBarrier("group", "a", 30).sync(runtime.registry)
+    await runtime.registry.delete(f"{BARRIERS}group/data")
+    await runtime.registry.put(f"{BARRIERS}group/workers/a", b'{"version": 2, "round": "0a"}')
+    with pytest.raises(BarrierError, match=r"has schema version 2"):
+        await LeaderBarrier("group", 1, 30).sync(runtime.registry, DATA)

@@ -13,7 +13,7 @@ from dynamo_redis.cli.doctor.finding import Finding, Level
 from dynamo_redis.cli.doctor.need import CONNECTIONS, connections_needed
 from dynamo_redis.cli.formats import human_duration, human_size
 from dynamo_redis.cli.roles import ROLES
-from dynamo_redis.store.keys import SCHEMA_VERSION
+from dynamo_redis.store.keys import SCHEMA_MAJOR, SCHEMA_VERSION
 from dynamo_redis.store.redis.client import MINIMUM_VERSION
 
 Check = Callable[[Examination], Finding]
@@ -83,7 +83,7 @@ def check_registry(seen: Examination) -> Finding:
         text = f"none under the prefix {seen.prefix} yet: the first process makes it"
         return Finding("registry", "pass", text, data={"schema": None})
     data = {"schema": seen.schema, "leases": seen.lease_count}
-    if seen.schema.partition(".")[0] != SCHEMA_VERSION:
+    if seen.schema.partition(".")[0] != SCHEMA_MAJOR:
         return Finding(
             "registry",
             "fail",

@@ -17,7 +17,7 @@ from dynamo_redis.errors import InvalidRecord, SchemaMismatch, StoreRefused
 from dynamo_redis.histogram import HistogramReading
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Record, Registration, Revision, Snapshot, Watch
-from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, check_prefix, format_lease
+from dynamo_redis.store.keys import SCHEMA_MAJOR, SCHEMA_VERSION, RegistryKeys, check_prefix, format_lease
 from dynamo_redis.store.redis.health import Health
 from dynamo_redis.store.redis.opening import open_client
 from dynamo_redis.store.registry.change_log import (
@@ -59,7 +59,7 @@ class PlainReads(KeyValue):
         """Return the position of the records, and the service clock in ms. Raises SchemaMismatch."""
         fields = await self.client.execute("HMGET", self.keys.meta, "schema", "inc", "rev", "op", "clock")
         schema, *position, clock = (None if field is None else field.decode() for field in fields)
-        if schema is not None and schema.partition(".")[0] != SCHEMA_VERSION:
+        if schema is not None and schema.partition(".")[0] != SCHEMA_MAJOR:
             raise SchemaMismatch(
                 "the registry",
                 schema,
