@@ -25,7 +25,14 @@ from dynamo_redis.frontend.busy import ThresholdRecord
 from dynamo_redis.frontend.record import FrontendRecord
 from dynamo_redis.models.card import FileReference, ModelCard, RuntimeConfig
 from dynamo_redis.names import EndpointName, InstanceId
-from dynamo_redis.router.choice.booking_messages import RemoteBooking, read_booking
+from dynamo_redis.router.base import Matched, Worker, WorkerChoice
+from dynamo_redis.router.choice.booking import Booking
+from dynamo_redis.router.choice.booking_messages import (
+    RemoteBooking,
+    active_messages,
+    add_message,
+    read_booking,
+)
 from dynamo_redis.runtime import barrier
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.ports import PortRecord
@@ -43,7 +50,6 @@ ENDPOINT: Final = EndpointName("dynamo", "backend", "generate")
 ID: Final = InstanceId(7587888160958627806)
 PUBLISHER: Final = PublisherId(ID, 6, 1)
 NAMES: Final = bytes(range(16))
-BOOKING: Final = ["r-1", ID, 1, 512, 33, 119.5, NAMES]
 DIGEST: Final = "5e" * 32
 
 
@@ -117,11 +123,22 @@ _KV_EVENTS: Final = [
         kv_event.cleared(),
     )
 ]
+
+
+def _booking(
+    request_id: str, dp_rank: int, prefill_tokens: int, blocks: int, left_s: float, names: bytes
+) -> Booking:
+    choice = WorkerChoice(Worker(ID, dp_rank), Matched(0), 0.0)
+    return Booking(request_id, choice, prefill_tokens, blocks, left_s, names)
+
+
+_FIRST: Final = _booking("r-1", 1, 512, 33, 119.5, NAMES)
+_SECOND: Final = _booking("r-2", 1, 0, 2, 3.0, NAMES[:8] + b"\x09" * 8)
 _BOOKINGS: Final[list[Any]] = [
-    ["add", *BOOKING],
+    add_message(_FIRST, 0.0),
     ["prefill_done", "r-1"],
     ["free", "r-1"],
-    ["active", [[*BOOKING, 0], ["r-2", ID, 1, 0, 2, 3.0, b"\x07" * 8, 1]]],
+    *active_messages([_FIRST, _SECOND], 0.0),
 ]
 _LOAD: Final = {"worker_stats": {"request_active_slots": 3}, "kv_stats": {"kv_active_blocks": 70}}
 _CHANGE: Final = [
