@@ -75,7 +75,7 @@ def test_this_release_reads_what_the_last_one_wrote(name: str) -> None:
 
 
 @each_format
-def test_the_last_release_finds_its_fields_in_what_this_one_writes(name: str) -> None:
+def test_the_last_release_finds_its_fields(name: str) -> None:
     assert has_all(unpacked(name, GOLDEN[name]), unpacked(name, written()[name])), (
         "a field is gone, or has another meaning: that is another major version"
     )

@@ -101,7 +101,7 @@ def test_output_has_a_line_a_check_and_a_plot(start: Start, cli: Cli) -> None:
     assert lines[place].startswith("warn  eviction")
     assert lines[place + 1].strip().startswith("→ CONFIG SET maxmemory-policy noeviction")
     assert "█" in done.out
-    assert lines[-1] == "18 passed, 1 warned"
+    assert lines[-1] == "19 passed, 1 warned"
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
